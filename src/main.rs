@@ -1,0 +1,197 @@
+//! Keeps Windows programs starting from Linux on WSL2, whatever systemd does to the kernel's
+//! binfmt_misc table.
+//!
+//! Why a generator: only something that decides before units are loaded can stay invisible
+//! wherever it has no business, and come back after every daemon-reload. What it writes calls
+//! this same binary again, by its verbs. This file turns the arguments into one call.
+
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::todo,
+    clippy::dbg_macro,
+    missing_docs
+)]
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+mod host;
+mod log;
+mod plan;
+mod registry;
+mod units;
+mod verbs;
+mod wsl;
+mod wsl_conf;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use camino::Utf8PathBuf;
+
+use crate::host::Host;
+use crate::log::Log;
+
+const HELP: &str = "\
+Usage: wsl-binfmt-generator NORMAL EARLY LATE
+       wsl-binfmt-generator restore | guard
+       wsl-binfmt-generator --help | --version
+
+Keeps Windows programs starting from Linux on WSL2. systemd calls it with three
+directories; the units that it writes into EARLY call its verbs.
+
+  NORMAL EARLY LATE  generate units and drop-ins into EARLY; with a single
+                     directory, into that one
+  restore            make the WSLInterop entry stand in binfmt_misc
+  guard              bind a read-only file over the status file of binfmt_misc,
+                     unless something already is
+  -h, --help         show this help
+  -V, --version      show the version
+
+Environment:
+  WSL_BINFMT_ROOT    directory put before every absolute path that is read or
+                     written (for tests; the arguments are taken as they are)
+
+Exit status: 0 done or nothing to do, 1 failed, 2 wrong usage.
+See also: man 8 wsl-binfmt-generator
+";
+
+/// What one invocation asks for.
+#[derive(Debug, PartialEq)]
+enum Action {
+    Generate { early: Utf8PathBuf },
+    Restore,
+    Guard,
+    Help,
+    Version,
+}
+
+/// Reads the arguments: one or three directories, told from verbs by their slash
+/// (systemd.generator(7) always passes absolute paths), or one verb, or one option.
+fn parse(arguments: &[String]) -> Result<Action, String> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        [directory] | [_, directory, _] if arguments.iter().all(|a| a.contains('/')) => {
+            Ok(Action::Generate {
+                early: Utf8PathBuf::from(directory),
+            })
+        }
+        ["restore"] => Ok(Action::Restore),
+        ["guard"] => Ok(Action::Guard),
+        ["-h" | "--help"] => Ok(Action::Help),
+        ["-V" | "--version"] => Ok(Action::Version),
+        ["restore" | "guard" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
+            Err(format!("unexpected argument '{extra}'"))
+        }
+        [] => Err("no arguments: one or three directories, or a verb, are needed".to_owned()),
+        [word] => Err(format!(
+            "unknown verb '{word}' (a directory needs a slash: './{word}')"
+        )),
+        all => Err(format!(
+            "{} arguments: one or three directories, or a verb, are needed",
+            all.len()
+        )),
+    }
+}
+
+/// Prints to standard output; a reader that has gone away is no error of ours.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn main() -> ExitCode {
+    let host = Host::from_environment();
+    let action = std::env::args_os()
+        .skip(1)
+        .map(|a| {
+            a.into_string()
+                .map_err(|a| format!("argument {a:?} is not UTF-8"))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|arguments| parse(&arguments));
+
+    let (log, result) = match action {
+        Ok(Action::Help) => {
+            print(HELP);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Action::Version) => {
+            print(concat!(
+                env!("CARGO_PKG_NAME"),
+                " ",
+                env!("CARGO_PKG_VERSION"),
+                "\n"
+            ));
+            return ExitCode::SUCCESS;
+        }
+        Ok(Action::Generate { early }) => {
+            let log = Log::of_generator(&host);
+            let result = verbs::generate::generate(&host, &early, &log);
+            (log, result)
+        }
+        Ok(Action::Restore) => {
+            let log = Log::of_verb();
+            let result = verbs::restore::restore(&host, &log);
+            (log, result)
+        }
+        Ok(Action::Guard) => (Log::of_verb(), verbs::guard::guard(&host)),
+        Err(wrong) => {
+            Log::of_verb().error(&format!("{wrong}; see --help"));
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log.error(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Action, String> {
+        parse(&arguments.iter().map(|a| a.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn every_form_of_the_arguments_has_one_meaning() {
+        let generate = |early: &str| {
+            Ok(Action::Generate {
+                early: early.into(),
+            })
+        };
+        assert_eq!(parsed(&["/n", "/e", "/l"]), generate("/e"));
+        assert_eq!(parsed(&["/n"]), generate("/n"));
+        assert_eq!(parsed(&["./n"]), generate("./n"));
+        assert_eq!(parsed(&["restore"]), Ok(Action::Restore));
+        assert_eq!(parsed(&["guard"]), Ok(Action::Guard));
+        assert_eq!(parsed(&["-h"]), Ok(Action::Help));
+        assert_eq!(parsed(&["--help"]), Ok(Action::Help));
+        assert_eq!(parsed(&["-V"]), Ok(Action::Version));
+        assert_eq!(parsed(&["--version"]), Ok(Action::Version));
+        for wrong in [
+            &[] as &[&str],
+            &["/n", "/e"],
+            &["/n", "/e", "/l", "/x"],
+            &["n"],
+            &[""],
+            &["n", "/e", "/l"],
+            &["--watch"],
+            &["restore", "--watch"],
+            &["guard", "/x"],
+            &["release"],
+            &["status"],
+        ] {
+            assert!(parsed(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

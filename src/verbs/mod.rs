@@ -1,0 +1,5 @@
+//! What one invocation does, one file each.
+
+pub mod generate;
+pub mod guard;
+pub mod restore;

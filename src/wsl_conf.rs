@@ -1,0 +1,301 @@
+//! /etc/wsl.conf, read as WSL reads it: it stops at the first line that it refuses, and what it
+//! read before counts. rust-ini takes more than WSL does, and some of it differently; so
+//! `accept` hands it only the statements that WSL takes, with every value spelled out.
+//! `tests/wsl-conf-cases.json` is the contract.
+
+use anyhow::Context;
+use ini::{Ini, ParseOption};
+
+/// What this project needs of wsl.conf, and where WSL gives up reading it.
+#[derive(Debug, PartialEq)]
+pub struct WslConf {
+    /// `[boot] protectBinfmt=`: whether the distro wants its interop protected.
+    pub protect_binfmt: bool,
+    /// `[interop] enabled=`: whether it wants Windows programs to start at all.
+    pub interop_enabled: bool,
+    /// The line, from 1, at which WSL stops reading.
+    pub refused_line: Option<usize>,
+}
+
+impl Default for WslConf {
+    fn default() -> WslConf {
+        WslConf {
+            protect_binfmt: true,
+            interop_enabled: true,
+            refused_line: None,
+        }
+    }
+}
+
+/// Reads the bytes of a wsl.conf. Every input has a meaning to WSL; bytes that are not ASCII are
+/// ordinary characters of a value.
+///
+/// # Errors
+/// rust-ini refuses what `accept` has made, which would be a defect here.
+pub fn parse(bytes: &[u8]) -> anyhow::Result<WslConf> {
+    let accepted = accept(bytes);
+    let spelled_out = ParseOption {
+        enabled_quote: true,
+        enabled_escape: true,
+        ..ParseOption::default()
+    };
+    let ini = Ini::load_from_str_opt(&accepted.text, spelled_out).context("parsing its text")?;
+    Ok(WslConf {
+        protect_binfmt: boolean(&ini, "boot", "protectBinfmt").unwrap_or(true),
+        interop_enabled: boolean(&ini, "interop", "enabled").unwrap_or(true),
+        refused_line: accepted.refused_line,
+    })
+}
+
+/// The first value of a setting, if it is a boolean: a later one does not count, even where the
+/// first is none. Names of sections and keys are compared without case, as WSL does.
+fn boolean(ini: &Ini, section: &str, key: &str) -> Option<bool> {
+    let value = ini
+        .iter()
+        .filter(|(name, _)| name.is_some_and(|n| n.eq_ignore_ascii_case(section)))
+        .flat_map(|(_, settings)| settings.iter())
+        .find(|(name, _)| name.eq_ignore_ascii_case(key))
+        .map(|(_, value)| value.to_ascii_lowercase())?;
+    match value.as_str() {
+        "true" | "1" => Some(true),
+        "false" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+/// The statements that WSL takes, one a line, in rust-ini's own syntax.
+#[derive(Default)]
+struct Accepted {
+    text: String,
+    refused_line: Option<usize>,
+}
+
+/// WSL came to something that it does not take.
+struct Refused;
+
+fn accept(bytes: &[u8]) -> Accepted {
+    let mut reader = Reader { bytes, at: 0 };
+    let mut accepted = Accepted::default();
+    while let Some(statement) = reader.statement() {
+        match statement {
+            Ok(line) => {
+                accepted.text.push_str(&line);
+                accepted.text.push('\n');
+            }
+            Err(Refused) => {
+                accepted.refused_line = Some(reader.line());
+                break;
+            }
+        }
+    }
+    accepted
+}
+
+/// Follows WSL's `ParseConfigFile` character by character.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Reader<'_> {
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    fn next(&mut self) -> Option<u8> {
+        let byte = self.peek();
+        self.at += usize::from(byte.is_some());
+        byte
+    }
+
+    fn skip_while(&mut self, wanted: impl Fn(u8) -> bool) {
+        while self.peek().is_some_and(&wanted) {
+            self.at += 1;
+        }
+    }
+
+    /// The line that is being read, from 1.
+    fn line(&self) -> usize {
+        let before = self.bytes.get(..self.at).unwrap_or_default();
+        1 + before.iter().filter(|b| **b == b'\n').count()
+    }
+
+    /// The next section or setting, past blank lines and comments; `None` at the end.
+    fn statement(&mut self) -> Option<Result<String, Refused>> {
+        loop {
+            match self.peek()? {
+                b' ' | b'\t' | b'\r' | b'\n' => self.at += 1,
+                // A lone CR ends a value, but not a comment.
+                b'#' => self.skip_while(|b| b != b'\n'),
+                b'[' => return Some(self.section()),
+                _ => return Some(self.setting()),
+            }
+        }
+    }
+
+    fn section(&mut self) -> Result<String, Refused> {
+        self.at += 1;
+        let name = self.name()?;
+        if self.next() != Some(b']') {
+            return self.refuse_previous();
+        }
+        self.skip_while(is_blank);
+        match self.peek() {
+            None | Some(b'\n' | b'\r' | b'#') => Ok(format!("[{name}]")),
+            Some(_) => Err(Refused),
+        }
+    }
+
+    fn setting(&mut self) -> Result<String, Refused> {
+        let key = self.name()?;
+        self.skip_while(is_blank);
+        if self.next() != Some(b'=') {
+            return self.refuse_previous();
+        }
+        self.skip_while(is_blank);
+        let value = self.value()?;
+        Ok(format!("{key}=\"{}\"", spell_out(&value)))
+    }
+
+    /// A letter, then letters and digits.
+    fn name(&mut self) -> Result<String, Refused> {
+        if !self.peek().is_some_and(|b| b.is_ascii_alphabetic()) {
+            return Err(Refused);
+        }
+        let start = self.at;
+        self.skip_while(|b| b.is_ascii_alphanumeric());
+        let name = self.bytes.get(start..self.at).unwrap_or_default();
+        Ok(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// A value to the end of its line or its comment: quotes taken off, escapes resolved, trailing
+    /// blanks cut unless they were quoted or escaped.
+    fn value(&mut self) -> Result<Vec<u8>, Refused> {
+        let mut value = Vec::new();
+        let mut length_without_blanks = 0;
+        let mut quoted = false;
+        loop {
+            match self.peek() {
+                None | Some(b'\n' | b'\r') => break,
+                Some(b'#') if !quoted => break,
+                Some(b'"') => {
+                    quoted = !quoted;
+                    self.at += 1;
+                }
+                Some(b'\\') => {
+                    self.at += 1;
+                    match self.next() {
+                        Some(b @ (b'\\' | b'"')) => value.push(b),
+                        Some(b'b') => value.push(b'\x08'),
+                        Some(b'n') => value.push(b'\n'),
+                        Some(b't') => value.push(b'\t'),
+                        // The line goes on; after CR LF only the CR is taken, so there it ends.
+                        Some(b'\r' | b'\n') => {}
+                        _ => return self.refuse_previous(),
+                    }
+                }
+                Some(b) => {
+                    value.push(b);
+                    self.at += 1;
+                    if is_blank(b) {
+                        continue;
+                    }
+                }
+            }
+            length_without_blanks = value.len();
+        }
+        if quoted {
+            return Err(Refused);
+        }
+        value.truncate(length_without_blanks);
+        Ok(value)
+    }
+
+    /// Refuses the byte just read, so that `line` counts the line that it is on.
+    fn refuse_previous<T>(&mut self) -> Result<T, Refused> {
+        self.at = self.at.saturating_sub(1);
+        Err(Refused)
+    }
+}
+
+fn is_blank(byte: u8) -> bool {
+    byte == b' ' || byte == b'\t'
+}
+
+/// A value as rust-ini reads it back between double quotes. WSL passes values on as C strings.
+fn spell_out(value: &[u8]) -> String {
+    let value = value.split(|b| *b == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(value)
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wsl_conf_is_read_as_wsl_reads_it() {
+        let table = include_str!("../tests/wsl-conf-cases.json");
+        let cases: Vec<serde_json::Value> = serde_json::from_str(table).unwrap();
+        assert_eq!(cases.len(), 64);
+        for case in cases {
+            let conf = parse(case["text"].as_str().unwrap().as_bytes()).unwrap();
+            let read = (conf.protect_binfmt, conf.interop_enabled);
+            let expected = (
+                case["protectBinfmt"].as_bool().unwrap(),
+                case["interopEnabled"].as_bool().unwrap(),
+            );
+            assert_eq!(read, expected, "{}", case["name"]);
+            let stops = case["name"].as_str().unwrap().contains("stops reading");
+            assert!(!stops || conf.refused_line.is_some(), "{}", case["name"]);
+        }
+    }
+
+    #[test]
+    fn the_line_at_which_wsl_stops_is_named() {
+        for (text, line) in [
+            ("[boot]\nsystemd=true\n; x\n", Some(3)),
+            ("[boot]\ncommand=\"a\nsystemd=true\n", Some(2)),
+            ("[boot]\ncommand=a \\\n \\x\n", Some(3)),
+            ("[boot]\nfoo\n", Some(2)),
+            ("[boot", Some(1)),
+            ("[boot]\ncommand=a\\", Some(2)),
+            ("\n\n# x\n[boot]\nsystemd=true # y\n", None),
+        ] {
+            assert_eq!(
+                parse(text.as_bytes()).unwrap().refused_line,
+                line,
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_ordinary_characters() {
+        let conf = parse(b"# gr\xf6\xdfe\n[user]\ndefault=j\xf6rg\n[boot]\nprotectBinfmt=0\n");
+        assert!(!conf.unwrap().protect_binfmt);
+        let conf = parse(b"[boot]\nprotectBinfmt=0\n\xff\n").unwrap();
+        assert_eq!((conf.protect_binfmt, conf.refused_line), (false, Some(3)));
+    }
+
+    /// A thousand texts from the characters that mean something, from a fixed seed: whatever WSL
+    /// takes, rust-ini must take, or a setting would be lost.
+    #[test]
+    fn rust_ini_takes_whatever_wsl_takes() {
+        let alphabet = b"[[]]==\"\"\\\\##\n\n\r\t  ;:'abnt1x\xc3\xff\0";
+        let mut state = 1u32;
+        let mut accepted = 0;
+        for _ in 0..1000 {
+            let mut text = b"[boot]\nkey=".to_vec();
+            for _ in 0..40 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                text.push(alphabet[(state >> 16) as usize % alphabet.len()]);
+            }
+            accepted += accept(&text).text.lines().count();
+            parse(&text).unwrap_or_else(|e| panic!("{text:?}: {e:#}"));
+        }
+        assert!(accepted > 1500, "only {accepted} statements accepted");
+    }
+}
