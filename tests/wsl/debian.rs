@@ -1,0 +1,66 @@
+//! Debian trees, made once with mmdebstrap and kept. Distros boot from an overlay on them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{ensure, Context};
+
+use super::machine::succeed;
+
+/// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
+/// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
+
+/// The tree of a Debian suite below `directory`, made unless it is there.
+pub fn tree(directory: &Path, suite: &str) -> anyhow::Result<PathBuf> {
+    let tree = directory.join(suite);
+    let recipe = directory.join(format!("{suite}.packages"));
+    if tree.exists() && fs::read_to_string(&recipe).is_ok_and(|text| text == PACKAGES) {
+        return Ok(tree);
+    }
+    eprintln!("making a Debian tree of {suite}, about half a minute, once ...");
+    for old in [&tree, &directory.join(format!("{suite}.unfinished"))] {
+        if old.exists() {
+            fs::remove_dir_all(old)?;
+        }
+    }
+    fs::create_dir_all(directory)?;
+    let unfinished = directory.join(format!("{suite}.unfinished"));
+    succeed(
+        Command::new("mmdebstrap")
+            .arg("--variant=minbase")
+            .arg(format!("--include={PACKAGES}"))
+            .arg(suite)
+            .arg(&unfinished),
+    )?;
+    fs::rename(&unfinished, &tree)?;
+    fs::write(recipe, PACKAGES)?;
+    Ok(tree)
+}
+
+/// Installs a Debian package on this machine, unless its program of the same name is there.
+pub fn require(package: &str) -> anyhow::Result<()> {
+    let found = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+        .any(|directory| directory.join(package).exists());
+    if found {
+        return Ok(());
+    }
+    eprintln!("installing the Debian package {package} ...");
+    let apt = |arguments: &[&str]| {
+        succeed(
+            Command::new("apt-get")
+                .args(["-q", "-o", "DPkg::Lock::Timeout=300"])
+                .args(arguments)
+                .env("DEBIAN_FRONTEND", "noninteractive"),
+        )
+    };
+    apt(&["update"])?;
+    apt(&["install", "-y", "--no-install-recommends", package])
+        .with_context(|| format!("installing {package}"))?;
+    ensure!(
+        Path::new("/usr/bin").join(package).exists(),
+        "{package} installed no program of its name"
+    );
+    Ok(())
+}

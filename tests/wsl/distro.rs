@@ -1,0 +1,345 @@
+//! A distro in the VM: Debian's own systemd as PID 1 of its own namespaces, on the VM's table.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context};
+use nix::mount::{umount2, MntFlags};
+use nix::sched::{unshare, CloneFlags};
+use nix::sys::signal::Signal;
+
+use super::vm::{Vm, TABLE};
+use super::{mount, DISTRO_STAGE, PID1_STAGE};
+
+/// Longer than this no boot, command or poweroff takes.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Where distributions install generators; on Debian 12 /lib leads to /usr/lib.
+const GENERATOR: &str = "/usr/lib/systemd/system-generators/wsl-binfmt-generator";
+
+/// What a user namespace may not do, and WSL2 may: mount these, and load modules.
+const FORBIDDEN: [&str; 5] = [
+    "dev-hugepages.mount",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-modules-load.service",
+];
+
+/// A distro to be booted: a directory with everything that its first process needs.
+pub struct Builder<'vm> {
+    vm: &'vm Vm,
+    name: String,
+    suite: String,
+    osrelease: String,
+    environment: Vec<String>,
+    init: bool,
+    generator: bool,
+    masked: Vec<String>,
+    files: Vec<(String, String)>,
+}
+
+impl<'vm> Builder<'vm> {
+    pub(super) fn new(vm: &'vm Vm, name: &str, suite: &str) -> Builder<'vm> {
+        Builder {
+            vm,
+            name: name.to_owned(),
+            suite: suite.to_owned(),
+            osrelease: "6.6.87.2-microsoft-standard-WSL2".to_owned(),
+            environment: ["container=wsl", "container_host_id=windows"]
+                .map(str::to_owned)
+                .to_vec(),
+            init: true,
+            generator: false,
+            masked: vec!["binfmt-support.service".to_owned()],
+            files: Vec::new(),
+        }
+    }
+
+    /// With this project's generator and man page installed, or without.
+    pub fn generator(mut self, installed: bool) -> Self {
+        self.generator = installed;
+        self
+    }
+
+    /// With binfmt-support in use. It is in the tree, but masked otherwise.
+    pub fn binfmt_support(mut self) -> Self {
+        self.masked.retain(|unit| unit != "binfmt-support.service");
+        self
+    }
+
+    /// With a unit masked.
+    pub fn masked(mut self, unit: &str) -> Self {
+        self.masked.push(unit.to_owned());
+        self
+    }
+
+    /// With a file of these contents.
+    pub fn file(mut self, path: &str, text: &str) -> Self {
+        self.files.push((path.to_owned(), text.to_owned()));
+        self
+    }
+
+    /// On a kernel of another name.
+    pub fn osrelease(mut self, osrelease: &str) -> Self {
+        osrelease.clone_into(&mut self.osrelease);
+        self
+    }
+
+    /// With another environment for PID 1.
+    pub fn environment(mut self, variables: &[&str]) -> Self {
+        self.environment = variables.iter().map(|v| v.to_string()).collect();
+        self
+    }
+
+    /// Without WSL's /init.
+    pub fn without_init(mut self) -> Self {
+        self.init = false;
+        self
+    }
+
+    /// Boots it, and waits until systemd has started what it was to start.
+    pub fn boot(self) -> anyhow::Result<Distro> {
+        let directory = PathBuf::from("/vm").join(&self.name);
+        self.lay_out(&directory)
+            .with_context(|| format!("laying out the distro {}", self.name))?;
+        let cgroup = self.vm.paths.cgroup.join(&self.name);
+        fs::create_dir(&cgroup)?;
+
+        let mut child = Command::new("/proc/self/exe")
+            .arg(DISTRO_STAGE)
+            .arg(&directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut pid = String::new();
+        BufReader::new(child.stdout.take().context("stdout")?).read_line(&mut pid)?;
+        let mut distro = Distro {
+            name: self.name,
+            pid: pid.trim().to_owned(),
+            child,
+            cgroup,
+        };
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            // Until systemd listens, systemctl has no answer.
+            let answer = distro.run("systemctl is-system-running --wait");
+            if ["running", "degraded"].contains(&answer.trim()) {
+                return Ok(distro);
+            }
+            if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
+                let log = fs::read_to_string(directory.join("console")).unwrap_or_default();
+                bail!("{} did not boot: {answer}\n{log}", distro.name);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn lay_out(&self, directory: &Path) -> anyhow::Result<()> {
+        let upper = directory.join("upper");
+        for name in ["upper", "work", "root"] {
+            fs::create_dir_all(directory.join(name))?;
+        }
+        fs::write(directory.join("osrelease"), format!("{}\n", self.osrelease))?;
+        fs::write(directory.join("environment"), self.environment.join("\n"))?;
+        symlink(self.vm.paths.tree(&self.suite), directory.join("tree"))?;
+        symlink(
+            self.vm.paths.cgroup.join(&self.name),
+            directory.join("cgroup"),
+        )?;
+        if self.init {
+            symlink("/vm/init", directory.join("init"))?;
+        }
+
+        let inside = |path: &str| -> anyhow::Result<PathBuf> {
+            let path = upper.join(path.trim_start_matches('/'));
+            fs::create_dir_all(path.parent().context("a file needs a directory")?)?;
+            Ok(path)
+        };
+        for unit in FORBIDDEN
+            .into_iter()
+            .chain(self.masked.iter().map(String::as_str))
+        {
+            symlink("/dev/null", inside(&format!("/etc/systemd/system/{unit}"))?)?;
+        }
+        for (path, text) in &self.files {
+            fs::write(inside(path)?, text)?;
+        }
+        if self.generator {
+            let program = inside(GENERATOR)?;
+            fs::copy(self.vm.paths.generator(), &program)?;
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+            let page = "wsl-binfmt-generator.8";
+            fs::copy(
+                Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(page),
+                inside(&format!("/usr/share/man/man8/{page}"))?,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A running distro.
+pub struct Distro {
+    name: String,
+    pid: String,
+    child: Child,
+    cgroup: PathBuf,
+}
+
+impl Distro {
+    /// What a shell command in the distro prints, errors included.
+    pub fn run(&self, command: &str) -> String {
+        let output = Command::new("timeout")
+            .arg(TIMEOUT.as_secs().to_string())
+            // Not --all: it would enter the user namespace that it is already in.
+            .args([
+                "nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w",
+            ])
+            .args(["sh", "-c", &format!("exec 2>&1; {command}")])
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LANG", "C.UTF-8")
+            .stdin(Stdio::null())
+            .output();
+        match output {
+            Ok(output) => {
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Registers a rule, through the distro's own mount.
+    pub fn register(&self, rule: &str) {
+        self.run(&format!("printf '%s' '{rule}' >{TABLE}/register"));
+    }
+
+    /// What comes of launching a Windows program from inside.
+    pub fn launch(&self) -> &'static str {
+        // A shell takes what the kernel refuses for a script of its own.
+        let printed =
+            self.run("printf 'MZ\\220\\000' >/run/a.exe; chmod +x /run/a.exe; /run/a.exe");
+        if printed.starts_with("INTEROP") {
+            "starts"
+        } else {
+            "does not start"
+        }
+    }
+
+    /// `systemctl poweroff`, as WSL does it to stop a distro.
+    pub fn poweroff(mut self) -> anyhow::Result<()> {
+        self.run("systemctl --no-block poweroff");
+        let deadline = Instant::now() + TIMEOUT;
+        while self.child.try_wait()?.is_none() {
+            ensure!(
+                Instant::now() < deadline,
+                "{} does not power off",
+                self.name
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Distro {
+    fn drop(&mut self) {
+        // A distro that is gone already has nothing to kill.
+        let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let _ = self.child.wait();
+    }
+}
+
+/// Becomes the distro's keeper on the VM's side: makes the namespaces, and waits for its PID 1.
+pub fn stage(directory: &str) -> anyhow::Result<()> {
+    let procs = Path::new(directory).join("cgroup/cgroup.procs");
+    fs::write(&procs, std::process::id().to_string())?;
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    unshare(
+        CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWCGROUP,
+    )
+    .context("unsharing a distro's namespaces")?;
+    let mut child = Command::new("/proc/self/exe")
+        .args([PID1_STAGE, directory])
+        .stdout(Stdio::null())
+        .spawn()?;
+    println!("{}", child.id());
+    child.wait()?;
+    Ok(())
+}
+
+/// Becomes the distro's PID 1: mounts what WSL mounts, then runs systemd.
+pub fn pid1_stage(directory: &str) -> anyhow::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let directory = Path::new(directory);
+    let outside = |name: &str| directory.join(name).to_string_lossy().into_owned();
+    let root = outside("root");
+    let inside = |path: &str| format!("{root}{path}");
+
+    mount("none", "/", "rprivate", "")?;
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        fs::read_link(outside("tree"))?.display(),
+        outside("upper"),
+        outside("work")
+    );
+    mount("overlay", &root, "overlay", &layers)?;
+    mount("proc", &inside("/proc"), "proc", "")?;
+    mount("sysfs", &inside("/sys"), "sysfs", "")?;
+    mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
+    for path in ["/run", "/dev"] {
+        mount("tmpfs", &inside(path), "tmpfs", "mode=755")?;
+    }
+    for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
+        let node = inside(&format!("/dev/{device}"));
+        fs::write(&node, "")?;
+        mount(&format!("/dev/{device}"), &node, "bind", "")?;
+    }
+    fs::create_dir(inside("/dev/pts"))?;
+    mount(
+        "devpts",
+        &inside("/dev/pts"),
+        "devpts",
+        "newinstance,ptmxmode=666",
+    )?;
+    symlink("pts/ptmx", inside("/dev/ptmx"))?;
+    fs::create_dir(inside("/dev/shm"))?;
+    mount("tmpfs", &inside("/dev/shm"), "tmpfs", "")?;
+    mount("binfmt_misc", &inside(TABLE), "binfmt_misc", "")?;
+    mount(
+        &outside("osrelease"),
+        &inside("/proc/sys/kernel/osrelease"),
+        "bind",
+        "",
+    )?;
+    if directory.join("init").exists() {
+        fs::write(inside("/init"), "")?;
+        mount(&outside("init"), &inside("/init"), "bind", "")?;
+    }
+    let environment = fs::read_to_string(outside("environment"))?;
+    let console = fs::File::create(outside("console"))?;
+    std::env::set_current_dir(&root)?;
+    fs::create_dir_all("mnt/machine")?;
+    nix::unistd::pivot_root(".", "mnt/machine")?;
+    umount2("/mnt/machine", MntFlags::MNT_DETACH)?;
+    let error = Command::new("/sbin/init")
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(environment.lines().filter_map(|line| line.split_once('=')))
+        .stdin(Stdio::null())
+        .stdout(console.try_clone()?)
+        .stderr(console)
+        .exec();
+    Err(error).context("running /sbin/init")
+}

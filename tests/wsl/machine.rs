@@ -1,0 +1,325 @@
+//! Outside of the VM: what it is made of, and starting one. What a VM leaves behind is taken away
+//! here, however it ended.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context};
+
+use super::{debian, VM_STAGE};
+
+/// Longer than this no scenario takes.
+const VM_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// The machine that VMs are started on, with everything that they need in place.
+pub struct Machine {
+    directory: PathBuf,
+}
+
+/// Where the VM finds what the machine has made for it.
+pub struct Paths {
+    /// The directory of all that is made, kept between runs.
+    pub directory: PathBuf,
+    /// This VM's cgroup.
+    pub cgroup: PathBuf,
+}
+
+impl Paths {
+    const DIRECTORY: &'static str = "WSL_VM_DIRECTORY";
+    const CGROUP: &'static str = "WSL_VM_CGROUP";
+
+    /// Inside the VM, the paths that it was started with.
+    pub fn of_this_vm() -> anyhow::Result<Paths> {
+        let path = |name| std::env::var_os(name).map(PathBuf::from).context(name);
+        Ok(Paths {
+            directory: path(Paths::DIRECTORY)?,
+            cgroup: path(Paths::CGROUP)?,
+        })
+    }
+
+    pub fn tree(&self, suite: &str) -> PathBuf {
+        self.directory.join("trees").join(suite)
+    }
+
+    pub fn init(&self) -> PathBuf {
+        self.directory.join("init")
+    }
+
+    /// The program under test: the release build, static, so that it runs in every distro.
+    pub fn generator(&self) -> PathBuf {
+        self.directory.join("wsl-binfmt-generator")
+    }
+}
+
+impl Machine {
+    /// Why no VM can be had here, if so.
+    pub fn lacks() -> Option<String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Some("the simulated WSL VM needs root".to_owned());
+        }
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6u32, 7u32) => None,
+            _ => Some(format!(
+                "the simulated WSL VM needs a binfmt_misc table of its own, so Linux 6.7 or \
+                 newer; this is {}",
+                release.trim()
+            )),
+        }
+    }
+
+    /// Makes what VMs with distros of these Debian suites need, or finds it made.
+    pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
+        let target = target_directory()?;
+        let directory = target.join("wsl-vm");
+        let paths = Paths {
+            directory: directory.clone(),
+            cgroup: PathBuf::new(),
+        };
+        fs::create_dir_all(directory.join("root"))?;
+        let trees = directory.join("trees");
+        thread::scope(|scope| {
+            for program in ["mmdebstrap", "strace"] {
+                debian::require(program)?;
+            }
+            let making: Vec<_> = suites
+                .iter()
+                .map(|suite| scope.spawn(|| debian::tree(&trees, suite)))
+                .collect();
+            build_generator(&target, &paths.generator())?;
+            build_init(&paths.init())?;
+            for tree in making {
+                tree.join().expect("making a tree does not panic")?;
+            }
+            anyhow::Ok(())
+        })?;
+        remove_cgroups_of_the_dead()?;
+        Ok(Machine { directory })
+    }
+
+    /// The machine's own binfmt_misc table, as text.
+    pub fn table() -> anyhow::Result<String> {
+        let list = "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc \
+                    && cd /proc/sys/fs/binfmt_misc && ls && cat $(ls | grep -v '^register$')";
+        let output = Command::new("unshare")
+            .args(["--mount", "sh", "-c", list])
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "reading the machine's table: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Starts this program again inside a fresh VM, with `arguments` for its `play`, and returns
+    /// what it printed; an error holds its complaints, too.
+    pub fn in_vm(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let cgroup = Cgroup::new()?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg(VM_STAGE)
+            .args(arguments)
+            .env(Paths::DIRECTORY, &self.directory)
+            .env(Paths::CGROUP, &cgroup.path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("starting the VM")?;
+        let mut stdout = BufReader::new(child.stdout.take().context("stdout")?);
+        let stderr = child.stderr.take().context("stderr")?;
+        let complaints = thread::spawn(move || read_all(stderr));
+
+        let started = (|| {
+            cgroup.add(&child)?;
+            let mut line = String::new();
+            stdout.read_line(&mut line)?;
+            ensure!(line == "unshared\n", "no user namespace for the VM");
+            for map in ["uid_map", "gid_map"] {
+                let path = format!("/proc/{}/{map}", child.id());
+                fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
+            }
+            let mut stdin = child.stdin.take().context("stdin")?;
+            stdin.write_all(b"mapped\n").context("telling the VM")
+        })();
+        let printed = thread::spawn(move || read_all(stdout));
+        if started.is_err() {
+            child.kill()?;
+        }
+        let deadline = Instant::now() + VM_TIMEOUT;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break Some(status);
+            }
+            if Instant::now() > deadline {
+                break None;
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        drop(cgroup);
+        let printed = printed.join().expect("reading does not panic");
+        let complaints = complaints.join().expect("reading does not panic");
+        started.with_context(|| complaints.clone())?;
+        match status {
+            Some(status) if status.success() => Ok(printed),
+            Some(status) => bail!("the VM ended with {status}\n{printed}{complaints}"),
+            None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
+        }
+    }
+}
+
+/// A cgroup for everything in one VM; dropped, nothing of it is left.
+struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    fn new() -> anyhow::Result<Cgroup> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("wsl-vm-{}-{number}", std::process::id());
+        let path = hierarchy()?.join(name);
+        fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(Cgroup { path })
+    }
+
+    fn add(&self, child: &Child) -> anyhow::Result<()> {
+        fs::write(self.path.join("cgroup.procs"), child.id().to_string())
+            .with_context(|| format!("moving the VM to {}", self.path.display()))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = remove_cgroup(&self.path) {
+            eprintln!("removing {}: {error:#}", self.path.display());
+        }
+    }
+}
+
+/// Where cgroups of version 2 are: on a hybrid machine not at the top.
+fn hierarchy() -> anyhow::Result<&'static Path> {
+    ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+        .map(Path::new)
+        .into_iter()
+        .find(|path| path.join("cgroup.procs").exists())
+        .context("no cgroup2 file system below /sys/fs/cgroup")
+}
+
+/// Kills what is in a cgroup and below, and removes it.
+fn remove_cgroup(path: &Path) -> anyhow::Result<()> {
+    fs::write(path.join("cgroup.kill"), "1").context("killing what is in it")?;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while let Err(error) = remove_directories(path) {
+        // The dead leave a moment later.
+        ensure!(Instant::now() < deadline, "{error}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+fn remove_directories(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_directories(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+/// Takes away what a run that was killed has left.
+fn remove_cgroups_of_the_dead() -> anyhow::Result<()> {
+    for entry in fs::read_dir(hierarchy()?)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("wsl-vm-")?.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            remove_cgroup(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// target/, which the running test or example lies two levels below.
+fn target_directory() -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let target = program.ancestors().nth(3).context("no target directory")?;
+    Ok(target.to_owned())
+}
+
+/// Builds the program under test.
+fn build_generator(target: &Path, program: &Path) -> anyhow::Result<()> {
+    let version = Command::new("rustc").arg("-vV").output()?.stdout;
+    let host = String::from_utf8(version)?
+        .lines()
+        .find_map(|line| line.strip_prefix("host: ").map(str::to_owned))
+        .context("rustc does not say for what it builds")?;
+    succeed(
+        Command::new(env!("CARGO"))
+            .args(["build", "--release", "--locked", "--quiet"])
+            // Named, so that what runs while building is not built static.
+            .args(["--target", &host])
+            .arg("--manifest-path")
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+            .arg("--target-dir")
+            .arg(target.join("wsl-vm/build"))
+            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+    )?;
+    let built = target
+        .join("wsl-vm/build")
+        .join(host)
+        .join("release/wsl-binfmt-generator");
+    replace(&built, program)
+}
+
+/// Compiles the stand-in for WSL's /init, static, as that is.
+fn build_init(program: &Path) -> anyhow::Result<()> {
+    let unfinished = program.with_extension("unfinished");
+    succeed(
+        Command::new("rustc")
+            .args(["--edition=2021", "-O", "-C", "target-feature=+crt-static"])
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/wsl/init.rs"))
+            .arg("-o")
+            .arg(&unfinished),
+    )?;
+    Ok(fs::rename(unfinished, program)?)
+}
+
+/// Copies over a program that may be running.
+fn replace(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let unfinished = to.with_extension("unfinished");
+    fs::copy(from, &unfinished)?;
+    Ok(fs::rename(unfinished, to)?)
+}
+
+/// Runs a command that must succeed; its output is in the error if it does not.
+pub fn succeed(command: &mut Command) -> anyhow::Result<()> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("starting {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+fn read_all(mut from: impl Read) -> String {
+    let mut bytes = Vec::new();
+    // What came before an error is worth showing.
+    let _ = from.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}

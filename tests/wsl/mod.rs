@@ -1,0 +1,63 @@
+//! A simulated WSL2 VM: real systemd on a real binfmt_misc table, and nothing of the machine
+//! touched.
+//!
+//! - `machine.rs`, outside: what a VM is made of, and starting one
+//! - `debian.rs`: the Debian trees that distros boot from
+//! - `vm.rs`, inside: the table, launching an `.exe`, the hammer
+//! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
+//! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
+//!
+//! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
+//! in it. A process can only get there when it is started anew, so a program that uses this
+//! module calls `run_stage` first of all: it is itself started again as the VM's process, and
+//! from there as each distro's first one.
+
+mod debian;
+mod distro;
+mod machine;
+mod vm;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+pub use distro::{Builder, Distro};
+pub use machine::Machine;
+pub use vm::{Vm, WSL_INTEROP};
+
+/// A program that stands for this part of the VM, by its first argument.
+const VM_STAGE: &str = "--wsl-vm";
+const DISTRO_STAGE: &str = "--wsl-distro";
+const PID1_STAGE: &str = "--wsl-pid1";
+
+/// Plays the part that this process was started for, if it was: `play` is then called inside the
+/// VM, with the arguments given to `Machine::in_vm`.
+pub fn run_stage(play: impl FnOnce(&Vm, &[String]) -> anyhow::Result<()>) -> Option<ExitCode> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.split_first()? {
+        (stage, rest) if stage == VM_STAGE => vm::stage(|vm| play(vm, rest)),
+        (stage, rest) if stage == DISTRO_STAGE => distro::stage(&rest[0]),
+        (stage, rest) if stage == PID1_STAGE => distro::pid1_stage(&rest[0]),
+        _ => return None,
+    };
+    Some(match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// mount(8) in short: `options` are the file system's own.
+fn mount(what: &str, on: &str, kind: &str, options: &str) -> anyhow::Result<()> {
+    use nix::mount::MsFlags;
+    let flags = match kind {
+        "bind" => MsFlags::MS_BIND,
+        "rbind" => MsFlags::MS_BIND | MsFlags::MS_REC,
+        "rprivate" => MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+        _ => MsFlags::empty(),
+    };
+    nix::mount::mount(Some(what), on, Some(kind), flags, Some(options))
+        .with_context(|| format!("mounting {what} on {on} ({kind})"))
+}

@@ -1,0 +1,246 @@
+//! Inside the VM: its table of binary formats, and launching Windows programs.
+
+use std::fs;
+use std::io::{self, BufRead, ErrorKind, Write};
+use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use nix::sched::{unshare, CloneFlags};
+use nix::sys::signal::Signal;
+
+use super::distro::Builder;
+use super::machine::Paths;
+use super::mount;
+
+/// The table's mount point.
+pub const TABLE: &str = "/proc/sys/fs/binfmt_misc";
+/// What WSL's mini_init registers once for the VM.
+pub const WSL_INTEROP: &str = ":WSLInterop:M::MZ::/init:FP";
+/// A Windows program.
+const EXE: &str = "/vm/hello.exe";
+
+/// The VM that this process runs in.
+pub struct Vm {
+    pub(super) paths: Paths,
+}
+
+/// Becomes the VM's process and plays in it.
+pub fn stage(play: impl FnOnce(&Vm) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+        .context("unsharing a user namespace")?;
+    println!("unshared");
+    io::stdin().lock().read_line(&mut String::new())?;
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let vm = Vm::start()?;
+    play(&vm)
+}
+
+impl Vm {
+    /// A root of its own, since /init cannot be put into the machine's; in it, all that the
+    /// machine has.
+    fn start() -> anyhow::Result<Vm> {
+        let paths = Paths::of_this_vm()?;
+        mount("none", "/", "rprivate", "")?;
+        let root = paths.directory.join("root");
+        let root = root.to_str().context("a path that is not UTF-8")?;
+        mount("tmpfs", root, "tmpfs", "mode=755")?;
+        for entry in fs::read_dir("/")? {
+            let entry = entry?;
+            let here = entry.path();
+            let there = Path::new(root).join(entry.file_name());
+            let kind = entry.file_type()?;
+            if kind.is_symlink() {
+                symlink(fs::read_link(&here)?, &there)?;
+            } else if kind.is_dir() {
+                fs::create_dir(&there)?;
+                mount(
+                    &here.to_string_lossy(),
+                    &there.to_string_lossy(),
+                    "rbind",
+                    "",
+                )?;
+            }
+        }
+        nix::unistd::chroot(root)?;
+        std::env::set_current_dir("/")?;
+        mount("binfmt_misc", TABLE, "binfmt_misc", "")?;
+
+        fs::create_dir("/vm")?;
+        fs::copy(paths.init(), "/vm/init")?;
+        fs::write("/init", "")?;
+        mount("/vm/init", "/init", "bind", "")?;
+        fs::write(EXE, b"MZ\x90\0hello")?;
+        fs::set_permissions(EXE, fs::Permissions::from_mode(0o755))?;
+
+        let vm = Vm { paths };
+        vm.register(WSL_INTEROP)?;
+        Ok(vm)
+    }
+
+    /// A distro of that name, to be booted.
+    pub fn distro(&self, name: &str, suite: &str) -> Builder<'_> {
+        Builder::new(self, name, suite)
+    }
+
+    /// The program under test.
+    pub fn generator(&self) -> Command {
+        let mut command = Command::new(self.paths.generator());
+        command.env_clear();
+        command
+    }
+
+    /// The same, with a fault that strace(1) puts into its system calls.
+    pub fn generator_under_strace(&self, fault: &str) -> Command {
+        let mut command = Command::new("strace");
+        command
+            .args(["--output=/dev/null", "-e", fault])
+            .arg(self.paths.generator())
+            .env_clear();
+        command
+    }
+
+    /// Registers a rule.
+    pub fn register(&self, rule: &str) -> anyhow::Result<()> {
+        self.write("register", rule)
+    }
+
+    /// Writes to the table as somebody else would, through no mount of a distro.
+    pub fn write(&self, file: &str, text: &str) -> anyhow::Result<()> {
+        let path = Path::new(TABLE).join(file);
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut f| f.write_all(text.as_bytes()))
+            .with_context(|| format!("writing {text} to {}", path.display()))
+    }
+
+    /// Makes interop as WSL made it when the VM started.
+    pub fn renew_interop(&self) -> anyhow::Result<()> {
+        if self.entry("WSLInterop") != "missing" {
+            self.write("WSLInterop", "-1")?;
+        }
+        self.register(WSL_INTEROP)
+    }
+
+    /// The text of a file of the table.
+    pub fn read(&self, file: &str) -> anyhow::Result<String> {
+        let path = Path::new(TABLE).join(file);
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// Tells an entry from another one of its name, registered later.
+    pub fn entry_identity(&self, name: &str) -> anyhow::Result<u64> {
+        Ok(fs::metadata(Path::new(TABLE).join(name))?.ino())
+    }
+
+    /// Binds one file over another.
+    pub fn cover(&self, path: &str, with: &str) -> anyhow::Result<()> {
+        mount(with, path, "bind", "")
+    }
+
+    /// Takes away what is mounted on a path.
+    pub fn unmount(&self, path: &str) -> anyhow::Result<()> {
+        nix::mount::umount(path).with_context(|| format!("unmounting {path}"))
+    }
+
+    /// How many mounts lie on a path.
+    pub fn mounts_on(&self, path: &str) -> anyhow::Result<usize> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let on = |line: &&str| line.split(' ').nth(4) == Some(path);
+        Ok(mounts.lines().filter(on).count())
+    }
+
+    /// The names of all entries.
+    pub fn entries(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(TABLE)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name != "register" && name != "status")
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// An entry's state, interpreter and flags in one line.
+    pub fn entry(&self, name: &str) -> String {
+        match fs::read_to_string(Path::new(TABLE).join(name)) {
+            Ok(text) => text.lines().take(3).collect::<Vec<_>>().join(", "),
+            Err(error) if error.kind() == ErrorKind::NotFound => "missing".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// What comes of launching a Windows program now.
+    pub fn launch(&self) -> String {
+        match Command::new(EXE).arg("a b").output() {
+            Ok(output) => {
+                let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+                // /init gets the program's path, argv[0] because of `P`, and the arguments.
+                if output.status.success()
+                    && printed == format!("INTEROP [{EXE:?}, {EXE:?}, \"a b\"]\n")
+                {
+                    "starts".to_owned()
+                } else {
+                    format!("{}: {printed:?}", output.status)
+                }
+            }
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOEXEC) => {
+                "Exec format error".to_owned()
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Launches a Windows program again and again, until told to stop.
+    pub fn hammer(&self) -> Hammer {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut launches = Launches::default();
+            let mut last = Instant::now();
+            while !told.load(Ordering::Relaxed) {
+                let status = Command::new(EXE).stdout(Stdio::null()).status();
+                if status.is_ok_and(|s| s.success()) {
+                    launches.started += 1;
+                    launches.longest_gap = launches.longest_gap.max(last.elapsed());
+                    last = Instant::now();
+                } else {
+                    launches.failed += 1;
+                }
+            }
+            launches
+        });
+        Hammer { stop, thread }
+    }
+}
+
+/// A running hammer.
+pub struct Hammer {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Launches>,
+}
+
+impl Hammer {
+    /// Stops it, and says how it went.
+    pub fn stop(self) -> Launches {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the hammer does not panic")
+    }
+}
+
+/// How a hammer's launches went.
+#[derive(Debug, Default)]
+pub struct Launches {
+    pub started: u32,
+    pub failed: u32,
+    /// The longest time from one launch that started to the next.
+    pub longest_gap: Duration,
+}
