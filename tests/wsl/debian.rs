@@ -1,4 +1,5 @@
-//! Debian trees, made once with mmdebstrap and kept. Distros boot from an overlay on them.
+//! What comes from Debian: packages for this machine, and trees, made once with mmdebstrap and
+//! kept. Distros boot from overlays on them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,15 +9,11 @@ use anyhow::{ensure, Context};
 
 use super::machine::succeed;
 
-/// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
-/// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
-
-/// The tree of a Debian suite below `directory`, made unless it is there.
-pub fn tree(directory: &Path, suite: &str) -> anyhow::Result<PathBuf> {
+/// The tree of a Debian suite with these packages, `directory/suite`, made unless it is there.
+pub fn tree(directory: &Path, suite: &str, packages: &str) -> anyhow::Result<PathBuf> {
     let tree = directory.join(suite);
     let recipe = directory.join(format!("{suite}.packages"));
-    if tree.exists() && fs::read_to_string(&recipe).is_ok_and(|text| text == PACKAGES) {
+    if tree.exists() && fs::read_to_string(&recipe).is_ok_and(|text| text == packages) {
         return Ok(tree);
     }
     eprintln!("making a Debian tree of {suite}, about half a minute, once ...");
@@ -30,12 +27,12 @@ pub fn tree(directory: &Path, suite: &str) -> anyhow::Result<PathBuf> {
     succeed(
         Command::new("mmdebstrap")
             .arg("--variant=minbase")
-            .arg(format!("--include={PACKAGES}"))
+            .arg(format!("--include={packages}"))
             .arg(suite)
             .arg(&unfinished),
     )?;
     fs::rename(&unfinished, &tree)?;
-    fs::write(recipe, PACKAGES)?;
+    fs::write(recipe, packages)?;
     Ok(tree)
 }
 

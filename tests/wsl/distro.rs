@@ -15,7 +15,7 @@ use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use super::vm::{Vm, TABLE};
-use super::{mount, DISTRO_STAGE, PID1_STAGE};
+use super::{mount, project, DISTRO_STAGE, PID1_STAGE};
 
 /// Longer than this no boot, command or poweroff takes.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -177,7 +177,7 @@ impl<'vm> Builder<'vm> {
             fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
             let page = "wsl-binfmt-generator.8";
             fs::copy(
-                Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(page),
+                project().join("man").join(page),
                 inside(&format!("/usr/share/man/man8/{page}"))?,
             )?;
         }

@@ -11,7 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
 
-use super::{debian, VM_STAGE};
+use super::{debian, project, VM_STAGE};
+
+/// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
+/// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
+const DISTRO: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
 
 /// Longer than this no scenario takes.
 const VM_TIMEOUT: Duration = Duration::from_secs(180);
@@ -90,7 +94,7 @@ impl Machine {
             }
             let making: Vec<_> = suites
                 .iter()
-                .map(|suite| scope.spawn(|| debian::tree(&trees, suite)))
+                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO)))
                 .collect();
             build_generator(&target, &paths.generator())?;
             build_init(&paths.init())?;
@@ -250,7 +254,7 @@ fn remove_cgroups_of_the_dead() -> anyhow::Result<()> {
 }
 
 /// target/, which the running test or example lies two levels below.
-fn target_directory() -> anyhow::Result<PathBuf> {
+pub fn target_directory() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?;
     let target = program.ancestors().nth(3).context("no target directory")?;
     Ok(target.to_owned())
@@ -269,7 +273,7 @@ fn build_generator(target: &Path, program: &Path) -> anyhow::Result<()> {
             // Named, so that what runs while building is not built static.
             .args(["--target", &host])
             .arg("--manifest-path")
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+            .arg(project().join("Cargo.toml"))
             .arg("--target-dir")
             .arg(target.join("wsl-vm/build"))
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
@@ -287,7 +291,7 @@ fn build_init(program: &Path) -> anyhow::Result<()> {
     succeed(
         Command::new("rustc")
             .args(["--edition=2021", "-O", "-C", "target-feature=+crt-static"])
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/wsl/init.rs"))
+            .arg(project().join("tests/wsl/init.rs"))
             .arg("-o")
             .arg(&unfinished),
     )?;

@@ -9,7 +9,7 @@
 //!
 //! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
 //! in it. A process can only get there when it is started anew, so a program that uses this
-//! module calls `run_stage` first of all: it is itself started again as the VM's process, and
+//! crate calls `run_stage` first of all: it is itself started again as the VM's process, and
 //! from there as each distro's first one.
 
 mod debian;
@@ -17,13 +17,15 @@ mod distro;
 mod machine;
 mod vm;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 
+pub use debian::{require, tree};
 pub use distro::{Builder, Distro};
-pub use machine::Machine;
-pub use vm::{Vm, WSL_INTEROP};
+pub use machine::{succeed, target_directory, Machine};
+pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.
 const VM_STAGE: &str = "--wsl-vm";
@@ -47,6 +49,11 @@ pub fn run_stage(play: impl FnOnce(&Vm, &[String]) -> anyhow::Result<()>) -> Opt
             ExitCode::FAILURE
         }
     })
+}
+
+/// The project that is tested.
+pub fn project() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// mount(8) in short: `options` are the file system's own.

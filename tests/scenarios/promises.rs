@@ -1,29 +1,21 @@
-//! What this project promises, played on real systemd in the simulated WSL VM. Every scenario
-//! is played twice on each Debian: stock, which is the control, and with our generator installed.
-//! What is seen is compared line by line.
+//! The promises: what is seen on a stock system, and what with us.
 
-mod wsl;
-
-use std::process::ExitCode;
-
-use anyhow::{bail, ensure, Context};
-use libtest_mimic::{Arguments, Failed, Trial};
-
-use wsl::{Builder, Distro, Machine, Vm, WSL_INTEROP};
-
-/// systemd 252 and 257.
-const SUITES: [&str; 2] = ["bookworm", "trixie"];
+use anyhow::{ensure, Context};
+use wsl_vm::{Builder, Distro, Vm, WSL_INTEROP};
 
 /// A rule of the distro's own, as qemu's are: with `F`.
-const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
+pub const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
 
-struct Scenario {
-    name: &'static str,
-    play: fn(&Setting) -> anyhow::Result<Vec<String>>,
-    expect: Expect,
+/// Something that befalls a distro.
+pub struct Scenario {
+    pub name: &'static str,
+    /// What is seen, line by line.
+    pub play: fn(&Setting) -> anyhow::Result<Vec<String>>,
+    pub expect: Expect,
 }
 
-enum Expect {
+/// What has to be seen.
+pub enum Expect {
     /// What is seen on a stock system, and what with us.
     Differs {
         stock: &'static [&'static str],
@@ -33,7 +25,7 @@ enum Expect {
     Same(&'static [&'static str]),
 }
 
-const SCENARIOS: &[Scenario] = &[
+pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "boot with rules in binfmt.d",
         play: |setting| {
@@ -444,10 +436,10 @@ fn state(distro: &Distro) -> String {
 }
 
 /// A VM, and which distros to boot in it.
-struct Setting<'vm> {
-    vm: &'vm Vm,
-    suite: &'vm str,
-    ours: bool,
+pub struct Setting<'vm> {
+    pub vm: &'vm Vm,
+    pub suite: &'vm str,
+    pub ours: bool,
 }
 
 impl Setting<'_> {
@@ -472,258 +464,5 @@ impl Setting<'_> {
 
     fn entry(&self, name: &str) -> String {
         format!("{name}: {}", self.vm.entry(name))
-    }
-}
-
-/// The verbs by themselves, in a VM without a distro.
-const VERBS: &[(&str, fn(&Vm) -> anyhow::Result<()>)] = &[
-    ("restore leaves an entry that is as it should be", |vm| {
-        let before = vm.entry_identity("WSLInterop")?;
-        expect(vm, &["restore"], 0, "")?;
-        ensure!(
-            vm.entry_identity("WSLInterop")? == before,
-            "it was replaced"
-        );
-        Ok(())
-    }),
-    ("restore registers a missing entry", |vm| {
-        vm.write("WSLInterop", "-1")?;
-        expect(vm, &["restore"], 0, "WSLInterop was missing, registered it")?;
-        let entry = vm.entry("WSLInterop");
-        ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
-        ensure!(vm.launch() == "starts", "{}", vm.launch());
-        Ok(())
-    }),
-    ("restore leaves a disabled entry to the admin", |vm| {
-        vm.write("WSLInterop", "0")?;
-        expect(
-            vm,
-            &["restore"],
-            1,
-            "WSLInterop is disabled: somebody made it so, left alone",
-        )?;
-        let entry = vm.entry("WSLInterop");
-        ensure!(entry.starts_with("disabled, interpreter /init"), "{entry}");
-        Ok(())
-    }),
-    ("restore leaves another interpreter alone", |vm| {
-        vm.write("WSLInterop", "-1")?;
-        vm.register(":WSLInterop:M::MZ::/bin/cat:P")?;
-        expect(
-            vm,
-            &["restore"],
-            1,
-            "WSLInterop runs /bin/cat, not /init: somebody made it so, left alone",
-        )?;
-        let entry = vm.entry("WSLInterop");
-        ensure!(
-            entry == "enabled, interpreter /bin/cat, flags: P",
-            "{entry}"
-        );
-        Ok(())
-    }),
-    ("restore needs an executable init", |vm| {
-        vm.write("WSLInterop", "-1")?;
-        vm.cover("/init", "/dev/null")?;
-        expect(
-            vm,
-            &["restore"],
-            1,
-            "/init: not an executable file, so this is no WSL2 distro",
-        )?;
-        ensure!(vm.entry("WSLInterop") == "missing");
-        Ok(())
-    }),
-    ("restore says that binfmt_misc is not mounted", |vm| {
-        vm.unmount("/proc/sys/fs/binfmt_misc")?;
-        expect(
-            vm,
-            &["restore"],
-            1,
-            "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc",
-        )
-    }),
-    ("guard makes the flush fail, and nothing else", |vm| {
-        expect(vm, &["guard"], 0, "")?;
-        let Err(error) = vm.write("status", "-1") else {
-            bail!("the table was emptied: {:?}", vm.entries());
-        };
-        ensure!(
-            format!("{error:#}").contains("Read-only file system"),
-            "{error:#}"
-        );
-        ensure!(vm.read("status")? == "enabled\n", "{}", vm.read("status")?);
-        vm.register(RULE)?;
-        ensure!(
-            vm.entries() == ["WSLInterop", "testfmt"],
-            "{:?}",
-            vm.entries()
-        );
-        Ok(())
-    }),
-    ("guard shows the state that the table has", |vm| {
-        vm.write("status", "0")?;
-        expect(vm, &["guard"], 0, "")?;
-        ensure!(vm.read("status")? == "disabled\n", "{}", vm.read("status")?);
-        Ok(())
-    }),
-    ("guard leaves a lock that is there already", |vm| {
-        vm.cover("/proc/sys/fs/binfmt_misc/status", "/etc/hostname")?;
-        expect(vm, &["guard"], 0, "")?;
-        expect(vm, &["guard"], 0, "")?;
-        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
-        Ok(())
-    }),
-    ("guard twice mounts once", |vm| {
-        expect(vm, &["guard"], 0, "")?;
-        expect(vm, &["guard"], 0, "")?;
-        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
-        Ok(())
-    }),
-    ("guard undoes its first step if the second fails", |vm| {
-        let mounts = vm.mounts_on("/proc/sys/fs/binfmt_misc/status")?;
-        ensure!(mounts == 0, "{mounts} mounts before");
-        // The second mount(2) of the program is the one that makes the first read-only.
-        expect_of(
-            vm.generator_under_strace("inject=mount:error=EPERM:when=2")
-                .arg("guard"),
-            1,
-            "making /proc/sys/fs/binfmt_misc/status read-only: EPERM: Operation not permitted",
-        )?;
-        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 0);
-        vm.write("status", "-1")?;
-        ensure!(vm.entries().is_empty(), "{:?}", vm.entries());
-        Ok(())
-    }),
-    ("guard says that binfmt_misc is not mounted", |vm| {
-        vm.unmount("/proc/sys/fs/binfmt_misc")?;
-        expect(
-            vm,
-            &["guard"],
-            1,
-            "looking at /proc/sys/fs/binfmt_misc/status (is binfmt_misc mounted?): \
-             No such file or directory (os error 2)",
-        )
-    }),
-];
-
-/// Runs the program under test: its exit status, and what it says.
-fn expect(vm: &Vm, arguments: &[&str], status: i32, says: &str) -> anyhow::Result<()> {
-    expect_of(vm.generator().args(arguments), status, says)
-}
-
-fn expect_of(command: &mut std::process::Command, status: i32, says: &str) -> anyhow::Result<()> {
-    let output = command.output()?;
-    let said = String::from_utf8(output.stderr)?;
-    let says = match says {
-        "" => String::new(),
-        says => format!("wsl-binfmt-generator: {says}\n"),
-    };
-    ensure!(
-        (output.status.code(), &said) == (Some(status), &says),
-        "{command:?}: {}, says {said:?}, not {status}, {says:?}",
-        output.status
-    );
-    Ok(())
-}
-
-/// Plays inside the VM: prints what is seen, a line each.
-fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
-    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-    match arguments[..] {
-        [name] => {
-            let verb = VERBS.iter().find(|verb| verb.0 == name);
-            verb.context("no such test of a verb")?.1(vm)
-        }
-        [name, suite, whose] => {
-            let scenario = SCENARIOS.iter().find(|s| s.name == name);
-            let play = scenario.context("no such scenario")?.play;
-            let ours = whose == "ours";
-            for line in play(&Setting { vm, suite, ours })? {
-                println!("{line}");
-            }
-            Ok(())
-        }
-        _ => bail!("play what? {arguments:?}"),
-    }
-}
-
-fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> anyhow::Result<()> {
-    let expected = match (&scenario.expect, ours) {
-        (Expect::Differs { stock, ours }, _) if stock == ours => bail!("the control shows nothing"),
-        (Expect::Differs { ours, .. }, true) => ours,
-        (Expect::Differs { stock, .. }, false) => stock,
-        (Expect::Same(same), _) => same,
-    };
-    let whose = if ours { "ours" } else { "stock" };
-    let seen = machine.in_vm(&[scenario.name, suite, whose])?;
-    ensure!(
-        seen.lines().eq(expected.iter().copied()),
-        "seen:\n{seen}expected:\n{}",
-        expected.join("\n")
-    );
-    Ok(())
-}
-
-fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
-    let trial = |name: String, run: Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>| {
-        let test = move || match machine {
-            Some(machine) => run(machine).map_err(|e| Failed::from(format!("{e:#}"))),
-            None => Err("there is no VM to play in".into()),
-        };
-        Trial::test(name, test).with_ignored_flag(machine.is_none())
-    };
-    let scenarios = SCENARIOS.iter().flat_map(|scenario| {
-        SUITES.iter().flat_map(move |suite| {
-            [false, true].into_iter().map(move |ours| {
-                let whose = if ours { "ours" } else { "stock" };
-                trial(
-                    format!("{}: {suite}, {whose}", scenario.name),
-                    Box::new(move |machine| check(machine, scenario, suite, ours)),
-                )
-            })
-        })
-    });
-    let verbs = VERBS.iter().map(|(name, _)| {
-        trial(
-            (*name).to_owned(),
-            Box::new(move |machine| machine.in_vm(&[name]).map(drop)),
-        )
-    });
-    scenarios.chain(verbs).collect()
-}
-
-/// Where there can be no VM, that is said loudly; where CI runs, it is a failure.
-fn main() -> ExitCode {
-    if let Some(code) = wsl::run_stage(play) {
-        return code;
-    }
-    let arguments = Arguments::from_args();
-    if arguments.list {
-        return libtest_mimic::run(&arguments, trials(None)).exit_code();
-    }
-    if let Some(lack) = Machine::lacks() {
-        eprintln!("\nNO SCENARIO CAN BE PLAYED HERE: {lack}\n");
-        if std::env::var_os("CI").is_some() {
-            return ExitCode::FAILURE;
-        }
-        return libtest_mimic::run(&arguments, trials(None)).exit_code();
-    }
-    let machine: &'static Machine = match Machine::prepare(&SUITES) {
-        Ok(machine) => Box::leak(Box::new(machine)),
-        Err(error) => {
-            eprintln!("{error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let before = Machine::table();
-    let conclusion = libtest_mimic::run(&arguments, trials(Some(machine)));
-    match (before, Machine::table()) {
-        // VMs end with entries in their tables: had one been the machine's, they would be there.
-        (Ok(before), Ok(after)) if before == after => conclusion.exit_code(),
-        (before, after) => {
-            eprintln!("the machine's own table changed: {before:?} to {after:?}");
-            ExitCode::FAILURE
-        }
     }
 }

@@ -1,0 +1,162 @@
+//! The verbs by themselves, in a VM without a distro.
+
+use std::process::Command;
+
+use anyhow::{bail, ensure};
+use wsl_vm::Vm;
+
+use crate::promises::RULE;
+
+/// A test of a verb: what it shows, and how.
+pub type Test = (&'static str, fn(&Vm) -> anyhow::Result<()>);
+
+pub const VERBS: &[Test] = &[
+    ("restore leaves an entry that is as it should be", |vm| {
+        let before = vm.entry_identity("WSLInterop")?;
+        expect(vm, &["restore"], 0, "")?;
+        ensure!(
+            vm.entry_identity("WSLInterop")? == before,
+            "it was replaced"
+        );
+        Ok(())
+    }),
+    ("restore registers a missing entry", |vm| {
+        vm.write("WSLInterop", "-1")?;
+        expect(vm, &["restore"], 0, "WSLInterop was missing, registered it")?;
+        let entry = vm.entry("WSLInterop");
+        ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
+        ensure!(vm.launch() == "starts", "{}", vm.launch());
+        Ok(())
+    }),
+    ("restore leaves a disabled entry to the admin", |vm| {
+        vm.write("WSLInterop", "0")?;
+        expect(
+            vm,
+            &["restore"],
+            1,
+            "WSLInterop is disabled: somebody made it so, left alone",
+        )?;
+        let entry = vm.entry("WSLInterop");
+        ensure!(entry.starts_with("disabled, interpreter /init"), "{entry}");
+        Ok(())
+    }),
+    ("restore leaves another interpreter alone", |vm| {
+        vm.write("WSLInterop", "-1")?;
+        vm.register(":WSLInterop:M::MZ::/bin/cat:P")?;
+        expect(
+            vm,
+            &["restore"],
+            1,
+            "WSLInterop runs /bin/cat, not /init: somebody made it so, left alone",
+        )?;
+        let entry = vm.entry("WSLInterop");
+        ensure!(
+            entry == "enabled, interpreter /bin/cat, flags: P",
+            "{entry}"
+        );
+        Ok(())
+    }),
+    ("restore needs an executable init", |vm| {
+        vm.write("WSLInterop", "-1")?;
+        vm.cover("/init", "/dev/null")?;
+        expect(
+            vm,
+            &["restore"],
+            1,
+            "/init: not an executable file, so this is no WSL2 distro",
+        )?;
+        ensure!(vm.entry("WSLInterop") == "missing");
+        Ok(())
+    }),
+    ("restore says that binfmt_misc is not mounted", |vm| {
+        vm.unmount("/proc/sys/fs/binfmt_misc")?;
+        expect(
+            vm,
+            &["restore"],
+            1,
+            "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc",
+        )
+    }),
+    ("guard makes the flush fail, and nothing else", |vm| {
+        expect(vm, &["guard"], 0, "")?;
+        let Err(error) = vm.write("status", "-1") else {
+            bail!("the table was emptied: {:?}", vm.entries());
+        };
+        ensure!(
+            format!("{error:#}").contains("Read-only file system"),
+            "{error:#}"
+        );
+        ensure!(vm.read("status")? == "enabled\n", "{}", vm.read("status")?);
+        vm.register(RULE)?;
+        ensure!(
+            vm.entries() == ["WSLInterop", "testfmt"],
+            "{:?}",
+            vm.entries()
+        );
+        Ok(())
+    }),
+    ("guard shows the state that the table has", |vm| {
+        vm.write("status", "0")?;
+        expect(vm, &["guard"], 0, "")?;
+        ensure!(vm.read("status")? == "disabled\n", "{}", vm.read("status")?);
+        Ok(())
+    }),
+    ("guard leaves a lock that is there already", |vm| {
+        vm.cover("/proc/sys/fs/binfmt_misc/status", "/etc/hostname")?;
+        expect(vm, &["guard"], 0, "")?;
+        expect(vm, &["guard"], 0, "")?;
+        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
+        Ok(())
+    }),
+    ("guard twice mounts once", |vm| {
+        expect(vm, &["guard"], 0, "")?;
+        expect(vm, &["guard"], 0, "")?;
+        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
+        Ok(())
+    }),
+    ("guard undoes its first step if the second fails", |vm| {
+        let mounts = vm.mounts_on("/proc/sys/fs/binfmt_misc/status")?;
+        ensure!(mounts == 0, "{mounts} mounts before");
+        // The second mount(2) of the program is the one that makes the first read-only.
+        expect_of(
+            vm.generator_under_strace("inject=mount:error=EPERM:when=2")
+                .arg("guard"),
+            1,
+            "making /proc/sys/fs/binfmt_misc/status read-only: EPERM: Operation not permitted",
+        )?;
+        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 0);
+        vm.write("status", "-1")?;
+        ensure!(vm.entries().is_empty(), "{:?}", vm.entries());
+        Ok(())
+    }),
+    ("guard says that binfmt_misc is not mounted", |vm| {
+        vm.unmount("/proc/sys/fs/binfmt_misc")?;
+        expect(
+            vm,
+            &["guard"],
+            1,
+            "looking at /proc/sys/fs/binfmt_misc/status (is binfmt_misc mounted?): \
+             No such file or directory (os error 2)",
+        )
+    }),
+];
+
+/// Runs the program under test: its exit status, and what it says.
+fn expect(vm: &Vm, arguments: &[&str], status: i32, says: &str) -> anyhow::Result<()> {
+    expect_of(vm.generator().args(arguments), status, says)
+}
+
+fn expect_of(command: &mut Command, status: i32, says: &str) -> anyhow::Result<()> {
+    let output = command.output()?;
+    let said = String::from_utf8(output.stderr)?;
+    let says = match says {
+        "" => String::new(),
+        says => format!("wsl-binfmt-generator: {says}\n"),
+    };
+    ensure!(
+        (output.status.code(), &said) == (Some(status), &says),
+        "{command:?}: {}, says {said:?}, not {status}, {says:?}",
+        output.status
+    );
+    Ok(())
+}
