@@ -8,7 +8,7 @@ use crate::registry::{self, Entry};
 
 /// The entry's name, which other tools look for, too.
 const NAME: &str = "WSLInterop";
-/// As WSL registers it. `P`: /init needs argv[0]; `F`: it works in chroots and containers, too.
+/// As WSL registers it. `P`: /init needs the program as it was called; `F`: it works in chroots and containers, too.
 const RULE: &str = ":WSLInterop:M::MZ::/init:FP";
 /// The rule's flags, in the order in which the kernel shows them.
 const FLAGS: &str = "PF";
