@@ -1,5 +1,7 @@
 //! The verbs by themselves, in a VM without a distro.
 
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{bail, ensure};
@@ -138,6 +140,35 @@ pub const VERBS: &[Test] = &[
             "looking at /proc/sys/fs/binfmt_misc/status (is binfmt_misc mounted?): \
              No such file or directory (os error 2)",
         )
+    }),
+    ("a full disk leaves no half of a file", |vm| {
+        let generate = |early: &str| vm.generator().arg(early).env("container", "wsl").output();
+        fs::create_dir("/vm/whole")?;
+        ensure!(generate("/vm/whole")?.status.success());
+        fs::create_dir("/vm/full")?;
+        vm.mount_tmpfs("/vm/full", "8k")?;
+        let output = generate("/vm/full")?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(1), "{}", output.status);
+        ensure!(
+            said.contains(".service: No space left on device (os error 28)"),
+            "{said}"
+        );
+        let files = |directory: &str| -> anyhow::Result<Vec<String>> {
+            let find = ["-type", "f", "-printf", "%P\n"];
+            let found = Command::new("find").arg(directory).args(find).output()?;
+            Ok(String::from_utf8(found.stdout)?
+                .lines()
+                .map(str::to_owned)
+                .collect())
+        };
+        let written = files("/vm/full")?;
+        ensure!((1..4).contains(&written.len()), "{written:?}");
+        for path in written {
+            let text = |directory| fs::read_to_string(Path::new(directory).join(&path));
+            ensure!(text("/vm/full")? == text("/vm/whole")?, "{path} differs");
+        }
+        Ok(())
     }),
 ];
 

@@ -144,6 +144,11 @@ impl Vm {
         mount(with, path, "bind", "")
     }
 
+    /// Mounts a file system of so many bytes.
+    pub fn mount_tmpfs(&self, path: &str, size: &str) -> anyhow::Result<()> {
+        mount("tmpfs", path, "tmpfs", &format!("size={size}"))
+    }
+
     /// Takes away what is mounted on a path.
     pub fn unmount(&self, path: &str) -> anyhow::Result<()> {
         nix::mount::umount(path).with_context(|| format!("unmounting {path}"))

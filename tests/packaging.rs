@@ -1,0 +1,245 @@
+//! What packages rely on: the meson build, the command line, the manual page.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::SystemTime;
+
+use anyhow::{ensure, Context};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
+
+#[test]
+fn meson_installs_these_files_and_runs_cargo_only_after_a_change() -> anyhow::Result<()> {
+    if !have_programs()? {
+        return Ok(());
+    }
+    let sh = |script| sh("meson", script);
+    // This cargo keeps a list of its calls. Of an earlier run only the real one's target directory
+    // is kept, which makes this one fast.
+    sh(r#"
+        mkdir -p bin build
+        find build -mindepth 1 -maxdepth 1 -not -name cargo -exec rm -rf {} +
+        rm -rf staging calls
+        printf '#!/bin/sh\necho "$*" >>"%s"\nexec "%s" "$@"\n' "$PWD/calls" "$CARGO" >bin/cargo
+        chmod +x bin/cargo
+        PATH=$PWD/bin:$PATH meson setup --prefix=/usr -Dsystemdsystemgeneratordir=lib/g build "$SOURCE"
+        ninja -C build"#)?;
+    let no_work = "ninja: no work to do.";
+    let again = sh("ninja -C build")?;
+    ensure!(again.contains(no_work), "{again}");
+    sh("meson install -C build --destdir \"$PWD/staging\"")?;
+    let calls = sh("cat calls")?;
+    ensure!(calls.starts_with("build --locked --profile release "));
+    ensure!(calls.lines().count() == 1, "cargo was called: {calls}");
+
+    let list = r"find staging -type l -printf '/%P -> %l\n' -o ! -type d -printf '/%P %m\n' | sort";
+    let installed = "\
+        /usr/bin/wsl-binfmt -> /usr/lib/g/wsl-binfmt-generator\n\
+        /usr/lib/g/wsl-binfmt-generator 755\n\
+        /usr/share/man/man8/wsl-binfmt-generator.8 644\n\
+        /usr/share/man/man8/wsl-binfmt.8 644\n";
+    assert_eq!(sh(list)?, installed);
+    let version = sh("staging/usr/lib/g/wsl-binfmt-generator --version")?;
+    assert_eq!(version, format!("wsl-binfmt-generator {VERSION}\n"));
+
+    let sources = r#"cd "$SOURCE"; find src units Cargo.* -type f -not -name '.*'"#;
+    let sources = sh(sources)?;
+    ensure!(sources.contains("units/wsl-binfmt-guard.service\n"));
+    for source in sources.lines() {
+        let file = File::open(Path::new(SOURCE).join(source))?;
+        let modified = file.metadata()?.modified()?;
+        file.set_modified(SystemTime::now())?;
+        let plan = sh("ninja -n -C build");
+        // Or the next cargo would build again, too.
+        file.set_modified(modified)?;
+        ensure!(!plan?.contains(no_work), "{source} changes nothing");
+    }
+    Ok(())
+}
+
+#[test]
+fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Result<()> {
+    if !have_programs()? {
+        return Ok(());
+    }
+    for (pc, option, expected) in [
+        ("systemd.pc", "", "/pc/generators"),
+        ("other.pc", "/x/generators", "/x/generators"),
+    ] {
+        let script = format!(
+            "rm -rf build *.pc; export PKG_CONFIG_LIBDIR=$PWD; unset PKG_CONFIG_PATH
+            printf '%s: 252\n' Name Description Version >{pc}
+            echo systemdsystemgeneratordir=/pc/generators >>{pc}
+            meson setup --prefix=/opt -Dsystemdsystemgeneratordir={option} build \"$SOURCE\" >log
+            meson introspect --installed build"
+        );
+        let installed = sh("systemd-pc", &script)?;
+        let target = format!(": \"{expected}/wsl-binfmt-generator\"");
+        ensure!(installed.contains(&target), "{installed}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_manual_pages_are_valid_roff() -> anyhow::Result<()> {
+    if have_programs()? {
+        // Pages name each other from the directory above.
+        let groff = "ln -sfn \"$SOURCE/man\" man8; groff -man -ww -z -Tutf8 man8/*.8";
+        assert_eq!(sh("roff", groff)?, "");
+    }
+    Ok(())
+}
+
+#[test]
+fn cargo_and_meson_have_the_same_version() {
+    let line = format!("\n  version: '{VERSION}',\n");
+    assert!(include_str!("../meson.build").contains(&line), "{line}");
+}
+
+#[test]
+fn help_and_version_go_to_standard_output_and_nothing_else_does() -> anyhow::Result<()> {
+    let help = program(b"--help")?;
+    for line in help.1.lines() {
+        assert!(line.len() <= 80, "wider than 80 columns: {line}");
+    }
+    let nothing = String::new();
+    let version = format!("wsl-binfmt-generator {VERSION}\n");
+    assert_eq!(program(b"--version")?, (Some(0), version, nothing.clone()));
+    assert_eq!(program(b"-V")?, program(b"--version")?);
+    assert_eq!(program(b"-h")?, help);
+    assert_eq!((help.0, help.2), (Some(0), nothing));
+    Ok(())
+}
+
+#[test]
+fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()> {
+    for (arguments, expected) in [
+        (b"" as &[u8], 2),
+        (b"nothing", 2),
+        (b"--nothing", 2),
+        (b"restore nothing", 2),
+        (b"--help restore", 2),
+        (b"/one /two", 2),
+        (b"/not-utf8-\xff", 2),
+        // binfmt_misc is not mounted in an empty root.
+        (b"restore", 1),
+        (b"guard", 1),
+    ] {
+        let (status, output, errors) = program(arguments)?;
+        assert_eq!((status, output.as_str()), (Some(expected), ""), "{errors}");
+        assert!(errors.starts_with("wsl-binfmt-generator: "), "{errors}");
+        assert!(errors.find('\n') == Some(errors.len() - 1), "{errors}");
+        assert_eq!(errors.ends_with("; see --help\n"), expected == 2);
+    }
+    Ok(())
+}
+
+#[test]
+fn help_and_manual_tell_of_all_that_there_is_and_of_nothing_else() -> anyhow::Result<()> {
+    let main = include_str!("../src/main.rs");
+    let (_, parse) = main.split_once("\nfn parse(").context("no parse()")?;
+    let mut words = quoted(parse.split("\n}\n").next().unwrap_or_default());
+    words.retain(|w| w.chars().all(|c| c.is_ascii_alphabetic() || c == '-'));
+    assert_eq!(&tags("VERBS") | &tags("OPTIONS"), words);
+
+    let variables = r#"grep -rhoE 'var(iable|_os)?\("\w+"\)' "$SOURCE/src""#;
+    let variables = sh("grep", variables)?;
+    assert_eq!(tags("ENVIRONMENT"), quoted(&variables));
+
+    let files = sh("find", r#"find "$SOURCE/units" -type f -printf '"%P"\n'"#)?;
+    assert_eq!(tags("DESCRIPTION"), quoted(&files));
+
+    let statuses = ["0", "1", "2"].map(str::to_owned);
+    assert_eq!(tags("EXIT STATUS"), statuses.clone().into());
+
+    let (_, help, _) = program(b"--help")?;
+    let help: Vec<&str> = help.split([' ', ',', '\n']).collect();
+    words.extend(statuses);
+    words.insert("WSL_BINFMT_ROOT".to_owned());
+    for word in words {
+        assert!(help.contains(&word.as_str()), "{word} is not in --help");
+    }
+    Ok(())
+}
+
+/// What stands between double quotes.
+fn quoted(text: &str) -> BTreeSet<String> {
+    let quoted = text.split('"').skip(1).step_by(2);
+    quoted.map(str::to_owned).collect()
+}
+
+/// What the tagged paragraphs of a section of the manual are about.
+fn tags(section: &str) -> BTreeSet<String> {
+    let manual = include_str!("../man/wsl-binfmt-generator.8").replace("\\-", "-");
+    let mut sections = manual.split("\n.SH ");
+    let section = sections.find_map(|s| s.strip_prefix(&format!("{section}\n")));
+    let tags = section.unwrap_or_default().split(".TP\n.").skip(1);
+    tags.filter_map(|tag| tag.lines().next())
+        .flat_map(|tag| tag.split([' ', ',', '"']).skip(1))
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Exit status, standard output and standard error of the program in an empty root.
+fn program(arguments: &[u8]) -> anyhow::Result<(Option<i32>, String, String)> {
+    let arguments = arguments.split(|b| *b == b' ').filter(|a| !a.is_empty());
+    let output = Command::new(env!("CARGO_BIN_EXE_wsl-binfmt-generator"))
+        .args(arguments.map(OsStr::from_bytes))
+        .env("WSL_BINFMT_ROOT", scratch("empty")?)
+        .output()?;
+    let [text, errors] =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    Ok((output.status.code(), text, errors))
+}
+
+/// Both outputs of a script that runs in a directory of that name, and must succeed.
+fn sh(name: &str, script: &str) -> anyhow::Result<String> {
+    let mut command = Command::new("sh");
+    command.args(["-euc", &format!("exec 2>&1; {script}")]);
+    command.envs([("SOURCE", SOURCE), ("CARGO", env!("CARGO"))]);
+    let command = command.current_dir(scratch(name)?).stdin(Stdio::null());
+    let output = command.env("LC_ALL", "C.UTF-8").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "{script}\nfailed:\n{text}");
+    Ok(text)
+}
+
+fn scratch(name: &str) -> anyhow::Result<PathBuf> {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("packaging-{name}"));
+    fs::create_dir_all(&directory)?;
+    Ok(directory)
+}
+
+/// Whether the programs are there. Root gets missing ones from Debian; for others that is a failure
+/// in CI, and elsewhere a reason to skip the test.
+fn have_programs() -> anyhow::Result<bool> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _lock = ONE_AT_A_TIME.lock();
+    let needed = "meson:meson ninja:ninja-build pkg-config:pkgconf groff:groff-base";
+    let script = "do command -v ${i%:*} >/dev/null || echo ${i#*:}; done; id -u";
+    let found = sh("programs", &format!("for i in {needed}; {script}"))?;
+    let mut missing: Vec<&str> = found.lines().collect();
+    let user = missing.pop();
+    if !missing.is_empty() && user == Some("0") {
+        // An update that somebody else has under way is as good as our own.
+        let script = "export DEBIAN_FRONTEND=noninteractive
+            apt-get -q -o DPkg::Lock::Timeout=300 update || true
+            apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends";
+        sh("programs", &format!("{script} {}", missing.join(" ")))?;
+    } else if !missing.is_empty() {
+        let message = format!("packages are missing: {}", missing.join(" "));
+        ensure!(std::env::var_os("CI").is_none(), message);
+        // Not eprintln, which the harness swallows when a test passes.
+        writeln!(std::io::stderr(), "SKIPPED: {message}")?;
+        return Ok(false);
+    }
+    Ok(true)
+}
