@@ -4,9 +4,13 @@
 set -eu
 cargo=$1 profile=$2 source=$3 target=$4 output=$5 depfile=$6
 
+case $profile in dev) built=$target/debug ;; *) built=$target/$profile ;; esac
+built=$built/wsl-binfmt-generator
+# An old one must not pass for what is built now, should cargo put that elsewhere.
+rm -f "$built"
+
 # cargo looks for .cargo/config.toml (vendored crates) from the directory that it is called in.
 (cd "$source" && "$cargo" build --locked --profile "$profile" --target-dir "$target")
 
-[ "$profile" != dev ] || profile=debug
-cp "$target/$profile/wsl-binfmt-generator" "$output"
-sed "s|^.*/wsl-binfmt-generator: |$output: |" "$target/$profile/wsl-binfmt-generator.d" >"$depfile"
+cp "$built" "$output"
+sed "s|^.*/wsl-binfmt-generator: |$output: |" "$built.d" >"$depfile"

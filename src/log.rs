@@ -68,13 +68,8 @@ impl Log {
             .map(|path| OpenOptions::new().append(true).open(path));
         if let Some(Ok(mut kmsg)) = kmsg {
             let pid = std::process::id();
-            let _ = kmsg.write_all(
-                format!(
-                    "<{level}>{program}[{pid}]: {message}
-"
-                )
-                .as_bytes(),
-            );
+            let line = format!("<{level}>{program}[{pid}]: {message}\n");
+            let _ = kmsg.write_all(line.as_bytes());
         }
         // The journal knows the program and its PID, and takes the priority off.
         let line = if self.to_journal {

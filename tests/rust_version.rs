@@ -24,15 +24,11 @@ fn the_oldest_supported_rust_builds_it_from_vendored_crates() -> anyhow::Result<
         fs::remove_dir_all(&inside)?;
     }
     fs::create_dir_all(inside.join(".cargo"))?;
-    for path in [
-        "Cargo.toml",
-        "Cargo.lock",
-        "src",
-        "units",
-        "tests",
-        "examples",
-    ] {
-        copy(&project().join(path), &inside.join(path))?;
+    for entry in fs::read_dir(project())? {
+        let name = entry?.file_name();
+        if name != "target" && name != ".git" {
+            copy(&project().join(&name), &inside.join(&name))?;
+        }
     }
     let vendored = Command::new(env!("CARGO"))
         .args(["vendor", "--locked", "vendor"])
@@ -75,6 +71,5 @@ fn in_tree(tree: &Path, command: &str) -> anyhow::Result<String> {
 }
 
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(to.parent().context("a parent")?)?;
     succeed(Command::new("cp").arg("-r").arg(from).arg(to))
 }
