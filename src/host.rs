@@ -1,13 +1,17 @@
 //! The machine as this program sees it: the only place with absolute paths, every one of them
 //! below `$WSL_BINFMT_ROOT`. What is read here is handed on as plain values.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::Context;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::plan::Neighbors;
 use crate::wsl::{Environment, Files};
 
 /// The interop binary that WSL binds into every distro.
@@ -17,8 +21,29 @@ pub const BINFMT_MISC: &str = "/proc/sys/fs/binfmt_misc";
 /// The guard's file. It must not be below a directory that systemd empties: once unlinked, it
 /// could no longer be bound over in the units' own mount namespaces.
 pub const GUARD_FILE: &str = "/run/wsl-binfmt/status";
+/// What `release` has to unregister.
+pub const REGISTERED: &str = "/run/wsl-binfmt/registered";
+/// binfmt.d(5), the first counting most. The last one is /usr/lib where /usr is merged.
+pub const BINFMT_D: [&str; 5] = [
+    "/etc/binfmt.d",
+    "/run/binfmt.d",
+    "/usr/local/lib/binfmt.d",
+    "/usr/lib/binfmt.d",
+    "/lib/binfmt.d",
+];
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
+/// The mounts of this process's namespace, proc_pid_mounts(5).
+pub const MOUNTS: &str = "/proc/self/mounts";
+/// WSL's own generator, a link to /init that it makes before systemd starts.
+const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
+/// Units and drop-ins of the admin, and of the vendor.
+const LOCAL_UNITS: [&str; 3] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+];
+const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 /// The kernel's log.
 pub const KMSG: &str = "/dev/kmsg";
 
@@ -67,10 +92,40 @@ impl Host {
         Ok(bytes)
     }
 
+    /// Writes a file, and the directory that it is in.
+    ///
+    /// # Errors
+    /// Either cannot be written.
+    pub fn write(&self, absolute: &str, text: &str) -> anyhow::Result<()> {
+        let path = self.path(absolute);
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).with_context(|| format!("creating {directory}"))?;
+        }
+        fs::write(&path, text).with_context(|| format!("writing {path}"))
+    }
+
     /// Whether `absolute` is a regular file with an execute bit.
     pub fn is_executable(&self, absolute: &str) -> bool {
-        std::fs::metadata(self.path(absolute))
+        fs::metadata(self.path(absolute))
             .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    }
+
+    /// What WSL, the vendor and the admin have put beside what is emitted here.
+    pub fn neighbors(&self) -> Neighbors {
+        let is_there = |path: &str| fs::symlink_metadata(self.path(path)).is_ok();
+        let drop_in = |directories: &[&str], name: &str| {
+            directories.iter().any(|d| is_there(&format!("{d}/{name}")))
+        };
+        let all = [LOCAL_UNITS.as_slice(), &VENDOR_UNITS].concat();
+        let condition = "systemd-binfmt.service.d/wsl.conf";
+        let [vendor, ..] = VENDOR_UNITS;
+        Neighbors {
+            wsl_generator: is_there(WSL_GENERATOR),
+            systemd_binfmt_override: drop_in(&all, "systemd-binfmt.service.d/override.conf"),
+            binfmt_support_override: drop_in(&all, "binfmt-support.service.d/override.conf"),
+            vendor_wsl_conf: self.text(&format!("{vendor}/{condition}")),
+            local_wsl_conf: drop_in(&LOCAL_UNITS, condition),
+        }
     }
 
     /// What systemd says of the machine in the generator's environment, and where the output goes.
@@ -119,12 +174,34 @@ pub fn executable() -> anyhow::Result<Utf8PathBuf> {
     Ok(path.into())
 }
 
+/// Tells the manager about a service that it has started, as sd_notify(3) does; not for those who
+/// were started by somebody else.
+///
+/// # Errors
+/// The manager's socket takes nothing.
+pub fn notify_systemd(state: &str) -> io::Result<()> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(());
+    };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&path)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.send_to_addr(state.as_bytes(), &address).map(drop)
+}
+
 /// Opens for reading; a FIFO that nobody writes to does not hold us up.
 fn open_without_blocking(path: &Utf8Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .custom_flags(nix::libc::O_NONBLOCK)
         .open(path)
+}
+
+/// How the service ended whose ExecStopPost= this is, if it is one (systemd.exec(5)).
+pub fn service_result() -> Option<String> {
+    variable("SERVICE_RESULT")
 }
 
 /// An environment variable; what is not UTF-8 in it can only be a value that we do not know.

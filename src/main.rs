@@ -39,8 +39,8 @@ use crate::log::Log;
 
 const HELP: &str = "\
 Usage: wsl-binfmt-generator NORMAL EARLY LATE
-       wsl-binfmt-generator restore | guard
-       wsl-binfmt-generator --help | --version
+       wsl-binfmt restore [--watch] | guard | release [--remember]
+       wsl-binfmt --help | --version
 
 Keeps Windows programs starting from Linux on WSL2. systemd calls it with three
 directories; the units that it writes into EARLY call its verbs.
@@ -48,8 +48,11 @@ directories; the units that it writes into EARLY call its verbs.
   NORMAL EARLY LATE  generate units and drop-ins into EARLY; with a single
                      directory, into that one
   restore            make the WSLInterop entry stand in binfmt_misc
+    --watch          stay, and keep it standing
   guard              bind a read-only file over the status file of binfmt_misc,
                      unless something already is
+  release            unregister what this distro has registered from binfmt.d
+    --remember       write down for that what is registered now
   -h, --help         show this help
   -V, --version      show the version
 
@@ -65,8 +68,9 @@ See also: man 8 wsl-binfmt-generator
 #[derive(Debug, PartialEq)]
 enum Action {
     Generate { early: Utf8PathBuf },
-    Restore,
+    Restore { watch: bool },
     Guard,
+    Release { remember: bool },
     Help,
     Version,
 }
@@ -81,11 +85,16 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
                 early: Utf8PathBuf::from(directory),
             })
         }
-        ["restore"] => Ok(Action::Restore),
+        ["restore"] => Ok(Action::Restore { watch: false }),
+        ["restore", "--watch"] => Ok(Action::Restore { watch: true }),
         ["guard"] => Ok(Action::Guard),
+        ["release"] => Ok(Action::Release { remember: false }),
+        ["release", "--remember"] => Ok(Action::Release { remember: true }),
         ["-h" | "--help"] => Ok(Action::Help),
         ["-V" | "--version"] => Ok(Action::Version),
-        ["restore" | "guard" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
+        ["restore", "--watch", extra, ..]
+        | ["release", "--remember", extra, ..]
+        | ["restore" | "guard" | "release" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
             Err(format!("unexpected argument '{extra}'"))
         }
         [] => Err("no arguments: one or three directories, or a verb, are needed".to_owned()),
@@ -134,12 +143,24 @@ fn main() -> ExitCode {
             let result = verbs::generate::generate(&host, &early, &log);
             (log, result)
         }
-        Ok(Action::Restore) => {
+        Ok(Action::Restore { watch }) => {
             let log = Log::of_verb();
-            let result = verbs::restore::restore(&host, &log);
+            let result = if watch {
+                verbs::watch::watch(&host, &log)
+            } else {
+                verbs::restore::restore(&host, &log)
+            };
             (log, result)
         }
         Ok(Action::Guard) => (Log::of_verb(), verbs::guard::guard(&host)),
+        Ok(Action::Release { remember }) => {
+            let result = if remember {
+                verbs::release::remember(&host, host::service_result().as_deref())
+            } else {
+                verbs::release::release(&host)
+            };
+            (Log::of_verb(), result)
+        }
         Err(wrong) => {
             Log::of_verb().error(&format!("{wrong}; see --help"));
             return ExitCode::from(2);
@@ -172,8 +193,13 @@ mod tests {
         assert_eq!(parsed(&["/n", "/e", "/l"]), generate("/e"));
         assert_eq!(parsed(&["/n"]), generate("/n"));
         assert_eq!(parsed(&["./n"]), generate("./n"));
-        assert_eq!(parsed(&["restore"]), Ok(Action::Restore));
+        let restore = |watch| Ok(Action::Restore { watch });
+        assert_eq!(parsed(&["restore"]), restore(false));
+        assert_eq!(parsed(&["restore", "--watch"]), restore(true));
         assert_eq!(parsed(&["guard"]), Ok(Action::Guard));
+        let release = |remember| Ok(Action::Release { remember });
+        assert_eq!(parsed(&["release"]), release(false));
+        assert_eq!(parsed(&["release", "--remember"]), release(true));
         assert_eq!(parsed(&["-h"]), Ok(Action::Help));
         assert_eq!(parsed(&["--help"]), Ok(Action::Help));
         assert_eq!(parsed(&["-V"]), Ok(Action::Version));
@@ -186,9 +212,10 @@ mod tests {
             &[""],
             &["n", "/e", "/l"],
             &["--watch"],
-            &["restore", "--watch"],
+            &["restore", "--watch", "/x"],
+            &["restore", "--wait"],
             &["guard", "/x"],
-            &["release"],
+            &["release", "/x"],
             &["status"],
         ] {
             assert!(parsed(wrong).is_err(), "{wrong:?}");

@@ -1,6 +1,8 @@
 //! What to emit for a WSL2 distro: configuration in, list of files and links out; nothing is
 //! touched here. The texts are the templates in `units/`, named as they are emitted.
 
+use ini::Ini;
+
 use crate::wsl_conf::WslConf;
 
 /// Something below the output directory.
@@ -31,6 +33,22 @@ pub struct Plan {
     pub interop: bool,
 }
 
+/// What stands beside our output and bears on it.
+#[derive(Debug, Default)]
+pub struct Neighbors {
+    /// WSL's own generator is there. WSL 2.5.7 to 2.8.8 emits with it drop-ins `override.conf`,
+    /// which register the entry anew, without `F` and with a gap.
+    pub wsl_generator: bool,
+    /// The admin or the vendor has an `override.conf` for systemd-binfmt.service.
+    pub systemd_binfmt_override: bool,
+    /// The same for binfmt-support.service.
+    pub binfmt_support_override: bool,
+    /// The vendor's `wsl.conf` for systemd-binfmt.service, empty where there is none.
+    pub vendor_wsl_conf: String,
+    /// The admin has one of that name.
+    pub local_wsl_conf: bool,
+}
+
 macro_rules! file {
     ($path:literal) => {
         Output::File {
@@ -42,7 +60,8 @@ macro_rules! file {
 
 /// Decides what a WSL2 distro with this wsl.conf gets. `interop.enabled=false` leaves out what
 /// restores the entry; what protects it stays, since the table belongs to all distros of the VM.
-pub fn plan(conf: &WslConf) -> Plan {
+/// Drop-ins that undo what is emitted are masked; those of the admin never.
+pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
     if !conf.protect_binfmt {
         return Plan::default();
     }
@@ -56,11 +75,27 @@ pub fn plan(conf: &WslConf) -> Plan {
         },
     ];
     if conf.interop_enabled {
+        outputs.push(file!("wsl-binfmt.service.d/10-wsl-interop.conf"));
         outputs.push(file!("wsl-interop-restore.service"));
         outputs.push(Output::Link {
             path: "sysinit.target.wants/wsl-interop-restore.service",
             target: "../wsl-interop-restore.service",
         });
+    }
+    let mut mask = |path| {
+        outputs.push(Output::Link {
+            path,
+            target: "/dev/null",
+        })
+    };
+    if neighbors.wsl_generator && !neighbors.systemd_binfmt_override {
+        mask("systemd-binfmt.service.d/override.conf");
+    }
+    if neighbors.wsl_generator && !neighbors.binfmt_support_override {
+        mask("binfmt-support.service.d/override.conf");
+    }
+    if !neighbors.local_wsl_conf && switches_binfmt_off_on_wsl(&neighbors.vendor_wsl_conf) {
+        mask("systemd-binfmt.service.d/wsl.conf");
     }
     Plan {
         outputs,
@@ -68,9 +103,80 @@ pub fn plan(conf: &WslConf) -> Plan {
     }
 }
 
+/// Whether a drop-in is the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to save interop
+/// from systemd-binfmt, and nothing else: <https://github.com/ubuntu/wsl-setup/issues/11>.
+fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
+    let settings: Option<Vec<_>> = Ini::load_from_str_noescape(drop_in).ok().map(|ini| {
+        let settings = ini.iter().flat_map(|(section, settings)| {
+            let section = section.unwrap_or_default().to_owned();
+            settings
+                .iter()
+                .map(move |(key, value)| format!("[{section}] {key}={value}"))
+        });
+        settings.collect()
+    });
+    settings.is_some_and(|s| s == ["[Unit] ConditionVirtualization=!wsl"])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn planned(conf: &WslConf) -> Plan {
+        plan(conf, &Neighbors::default())
+    }
+
+    fn masks(neighbors: &Neighbors) -> Vec<&'static str> {
+        let masked = |output: &Output| match output {
+            Output::Link { path, target } if *target == "/dev/null" => Some(*path),
+            _ => None,
+        };
+        let plan = plan(&WslConf::default(), neighbors);
+        plan.outputs.iter().filter_map(masked).collect()
+    }
+
+    #[test]
+    fn wsls_own_drop_ins_are_masked_but_nobody_elses() {
+        let neighbors =
+            |wsl_generator, systemd_binfmt_override, binfmt_support_override| Neighbors {
+                wsl_generator,
+                systemd_binfmt_override,
+                binfmt_support_override,
+                ..Neighbors::default()
+            };
+        let [binfmt, support] = [
+            "systemd-binfmt.service.d/override.conf",
+            "binfmt-support.service.d/override.conf",
+        ];
+        assert_eq!(masks(&neighbors(true, false, false)), [binfmt, support]);
+        assert_eq!(masks(&neighbors(true, true, false)), [support]);
+        assert_eq!(masks(&neighbors(true, false, true)), [binfmt]);
+        assert!(masks(&neighbors(false, false, false)).is_empty());
+    }
+
+    #[test]
+    fn only_ubuntus_unchanged_condition_is_lifted() {
+        let masked = |text: &str, local_wsl_conf| {
+            !masks(&Neighbors {
+                vendor_wsl_conf: text.to_owned(),
+                local_wsl_conf,
+                ..Neighbors::default()
+            })
+            .is_empty()
+        };
+        let theirs = "# why\n[Unit]\nConditionVirtualization=!wsl\n";
+        assert!(masked(theirs, false));
+        assert!(!masked(theirs, true));
+        assert!(!masked("", false));
+        assert!(!masked("[Unit]\nConditionVirtualization=wsl\n", false));
+        assert!(!masked(&format!("{theirs}ConditionPathExists=/x\n"), false));
+        assert!(!masked(
+            &format!("{theirs}ConditionVirtualization=\n"),
+            false
+        ));
+        assert!(!masked(&format!("{theirs}[Service]\nExecStop=\n"), false));
+        assert!(!masked("[Service]\nConditionVirtualization=!wsl\n", false));
+    }
 
     fn paths(plan: &Plan) -> Vec<&str> {
         let path = |output: &Output| match output {
@@ -85,18 +191,19 @@ mod tests {
             protect_binfmt: false,
             ..WslConf::default()
         };
-        assert_eq!(plan(&conf), Plan::default());
+        assert_eq!(planned(&conf), Plan::default());
     }
 
     #[test]
-    fn interop_switched_off_emits_the_same_but_the_restore_service() {
+    fn interop_switched_off_emits_all_but_what_restores() {
         let off = WslConf {
             interop_enabled: false,
             ..WslConf::default()
         };
-        let (on, off) = (plan(&WslConf::default()), plan(&off));
+        let (on, off) = (planned(&WslConf::default()), planned(&off));
         let mut kept = paths(&on);
-        kept.retain(|path| !path.contains("restore"));
+        let restores = ["restore", "wsl-binfmt.service.d"];
+        kept.retain(|path| !restores.iter().any(|r| path.contains(r)));
         assert_eq!(paths(&off), kept);
         assert!(on.interop && !off.interop);
     }

@@ -1,15 +1,20 @@
 //! The kernel's table of binary formats, as Documentation/admin-guide/binfmt-misc.rst has it:
-//! reading an entry, registering one.
+//! reading it, registering, unregistering, and who gets a Windows program.
 
-use std::fs::OpenOptions;
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{anyhow, Context};
+use camino::Utf8PathBuf;
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::host::{Host, BINFMT_MISC};
 
 /// One registered format, as its file shows it.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// Whether the kernel uses it.
     pub enabled: bool,
@@ -17,8 +22,35 @@ pub struct Entry {
     pub interpreter: String,
     /// `P`, `O`, `C` and `F`, in the kernel's order.
     pub flags: String,
-    /// The lines that say what is matched: `extension …`, or `offset …`, `magic …`, `mask …`.
-    pub matches: Vec<String>,
+    /// What files it is for.
+    pub pattern: Pattern,
+}
+
+/// What files a format is for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Pattern {
+    /// Those whose name ends so, after the last dot.
+    Extension(String),
+    /// Those with these bytes at this place.
+    Magic {
+        /// Where, in bytes.
+        offset: usize,
+        /// What, in hexadecimal as the kernel shows it.
+        magic: Vec<u8>,
+        /// Which bits of it count; without one, all.
+        mask: Option<Vec<u8>>,
+    },
+}
+
+/// What a format is to a Windows program, any file that begins with `MZ`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Claim {
+    /// It never takes one, or only some by what they hold further on, not knowing of `MZ`.
+    None,
+    /// It takes them all, or all that are called so: whoever is first gets them.
+    Equal,
+    /// It takes some by a longer magic that begins with `MZ`, and has to come first for that.
+    Longer,
 }
 
 impl Entry {
@@ -37,83 +69,306 @@ impl Entry {
             lines
                 .next()
                 .and_then(|line| line.strip_prefix(name))
-                .map(|value| value.trim().to_owned())
                 .ok_or_else(|| anyhow!("no '{name}' line where one belongs"))
+        };
+        let interpreter = field("interpreter ")?.to_owned();
+        let flags = field("flags:")?.trim().to_owned();
+        let pattern = match field("extension .") {
+            Ok(extension) => Pattern::Extension(extension.to_owned()),
+            Err(_) => magic(text)?,
         };
         Ok(Entry {
             enabled,
-            interpreter: field("interpreter ")?,
-            flags: field("flags:")?,
-            matches: lines.map(str::to_owned).collect(),
+            interpreter,
+            flags,
+            pattern,
         })
     }
-}
 
-/// The entry of that name, if there is one.
-///
-/// # Errors
-/// binfmt_misc is not mounted, or the entry cannot be read.
-pub fn read(host: &Host, name: &str) -> anyhow::Result<Option<Entry>> {
-    let path = format!("{BINFMT_MISC}/{name}");
-    let text = match host.read(&path) {
-        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            require_mounted(host)?;
-            return Ok(None);
+    /// What it is to a Windows program while it is enabled.
+    pub fn claim(&self) -> Claim {
+        let (magic, mask) = match &self.pattern {
+            Pattern::Extension(extension) if extension.eq_ignore_ascii_case("exe") => {
+                return Claim::Equal
+            }
+            Pattern::Magic {
+                offset: 0,
+                magic,
+                mask,
+            } => (magic, mask),
+            _ => return Claim::None,
+        };
+        let mask_at = |i: usize| {
+            mask.as_ref()
+                .map_or(0xff, |m| m.get(i).copied().unwrap_or(0))
+        };
+        let takes_mz = magic
+            .iter()
+            .zip(b"MZ")
+            .enumerate()
+            .all(|(i, (m, z))| (m ^ z) & mask_at(i) == 0);
+        let wants_more = (2..magic.len()).any(|i| mask_at(i) != 0);
+        let wants_mz = magic.starts_with(b"MZ") && mask_at(0) != 0 && mask_at(1) != 0;
+        match (takes_mz, wants_more) {
+            (true, false) => Claim::Equal,
+            (true, true) if wants_mz => Claim::Longer,
+            _ => Claim::None,
         }
-        Err(error) => return Err(error).with_context(|| format!("reading {path}")),
-    };
-    Entry::parse(&text)
-        .map(Some)
-        .with_context(|| format!("reading {path}"))
-}
-
-/// Registers `rule`, `:name:type:offset:magic:mask:interpreter:flags`.
-///
-/// # Errors
-/// The kernel refuses it; `AlreadyExists` in the chain if the name is taken.
-pub fn register(host: &Host, rule: &str) -> anyhow::Result<()> {
-    let path = host.path(&format!("{BINFMT_MISC}/register"));
-    OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .and_then(|mut file| file.write_all(rule.as_bytes()))
-        .with_context(|| format!("writing {rule} to {path}"))
-}
-
-/// Only the mounted file system has a `register` file.
-fn require_mounted(host: &Host) -> anyhow::Result<()> {
-    match host.path(&format!("{BINFMT_MISC}/register")).try_exists() {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(anyhow!("binfmt_misc is not mounted on {BINFMT_MISC}")),
-        Err(error) => Err(error).context(format!("looking for {BINFMT_MISC}/register")),
     }
+
+    /// The rule that registers it under this name.
+    pub fn rule(&self, name: &str) -> String {
+        let hex = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .map(|b| format!("\\x{b:02x}"))
+                .collect::<String>()
+        };
+        let fields = match &self.pattern {
+            Pattern::Extension(extension) => {
+                ["E".into(), String::new(), extension.clone(), String::new()]
+            }
+            Pattern::Magic {
+                offset,
+                magic,
+                mask,
+            } => [
+                "M".into(),
+                offset.to_string(),
+                hex(magic),
+                mask.as_deref().map(hex).unwrap_or_default(),
+            ],
+        };
+        // The kernel takes any character for the one between fields, and ':' may be in a path.
+        let taken = |c: &char| {
+            name.contains(*c) || self.interpreter.contains(*c) || fields.join("").contains(*c)
+        };
+        let between = [':', '|', ';', ',']
+            .into_iter()
+            .find(|c| !taken(c))
+            .unwrap_or(':');
+        let [kind, offset, magic, mask] = &fields;
+        [
+            "",
+            name,
+            kind,
+            offset,
+            magic,
+            mask,
+            &self.interpreter,
+            &self.flags,
+        ]
+        .join(&between.to_string())
+    }
+}
+
+/// Reads the lines of an entry that say where which bytes are.
+fn magic(text: &str) -> anyhow::Result<Pattern> {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+    let bytes = |hex: &str| -> Option<Vec<u8>> {
+        (0..hex.len())
+            .step_by(2)
+            .map(|i| u8::from_str_radix(hex.get(i..i + 2)?, 16).ok())
+            .collect()
+    };
+    let pattern = (|| {
+        Some(Pattern::Magic {
+            offset: field("offset ")?.parse().ok()?,
+            magic: bytes(field("magic ")?)?,
+            mask: match field("mask ") {
+                Some(hex) => Some(bytes(hex)?),
+                None => None,
+            },
+        })
+    })();
+    pattern.ok_or_else(|| anyhow!("neither an extension nor a magic"))
+}
+
+/// The mounted table.
+pub struct Table {
+    directory: Utf8PathBuf,
+}
+
+impl Table {
+    /// The table of this machine.
+    ///
+    /// # Errors
+    /// binfmt_misc is not mounted.
+    pub fn open(host: &Host) -> anyhow::Result<Table> {
+        let directory = host.path(BINFMT_MISC);
+        // Only the mounted file system has this file.
+        match directory.join("register").try_exists() {
+            Ok(true) => Ok(Table { directory }),
+            Ok(false) => Err(anyhow!("binfmt_misc is not mounted on {directory}")),
+            Err(error) => Err(error).context(format!("looking into {directory}")),
+        }
+    }
+
+    /// Keeps other distros' tools of this project out while it is held: the directory is the same
+    /// in all of them. Who holds it for long must not hold up Windows programs, so after a while
+    /// it goes without.
+    pub fn lock(&self) -> Option<Flock<File>> {
+        let mut file = File::open(&self.directory).ok()?;
+        for _ in 0..200 {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Some(lock),
+                Err((same, _)) => file = same,
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        None
+    }
+
+    /// The names of all entries, the newest first, as the kernel tries them. It lists a directory
+    /// in that order; neither inode numbers nor times tell which of two is newer.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn names(&self) -> anyhow::Result<Vec<String>> {
+        let read = || -> std::io::Result<Vec<String>> {
+            let mut names = Vec::new();
+            for entry in self.directory.read_dir_utf8()? {
+                let name = entry?.file_name().to_owned();
+                if name != "register" && name != "status" {
+                    names.push(name);
+                }
+            }
+            Ok(names)
+        };
+        read().with_context(|| format!("listing {}", self.directory))
+    }
+
+    /// The entry of that name, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn read(&self, name: &str) -> anyhow::Result<Option<Entry>> {
+        let path = self.directory.join(name);
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            text => text
+                .map_err(anyhow::Error::from)
+                .and_then(|text| Entry::parse(&text))
+                .map(Some)
+                .with_context(|| format!("reading {path}")),
+        }
+    }
+
+    /// Tells an entry from one that is registered under its name later.
+    pub fn inode(&self, name: &str) -> Option<u64> {
+        fs::metadata(self.directory.join(name))
+            .ok()
+            .map(|m| m.ino())
+    }
+
+    /// Registers a rule, `:name:type:offset:magic:mask:interpreter:flags`.
+    ///
+    /// # Errors
+    /// The kernel refuses it, also because the name is taken.
+    pub fn register(&self, rule: &str) -> anyhow::Result<()> {
+        self.write("register", rule)
+    }
+
+    /// Removes an entry. One that is gone already is as it should be.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn unregister(&self, name: &str) -> anyhow::Result<()> {
+        match self.write(name, "-1") {
+            Err(error) if is_not_found(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn write(&self, file: &str, text: &str) -> anyhow::Result<()> {
+        let path = self.directory.join(file);
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .with_context(|| format!("writing {text} to {path}"))
+    }
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.kind() == ErrorKind::NotFound)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn entry(pattern: &str) -> Entry {
+        Entry::parse(&format!(
+            "enabled\ninterpreter /a b\nflags: PF\n{pattern}\n"
+        ))
+        .unwrap()
+    }
+
     #[test]
     fn entries_are_read_as_the_kernel_writes_them() {
-        let entry = Entry::parse("enabled\ninterpreter /init\nflags: PF\noffset 0\nmagic 4d5a\n");
         let expected = Entry {
             enabled: true,
-            interpreter: "/init".to_owned(),
+            interpreter: "/a b".to_owned(),
             flags: "PF".to_owned(),
-            matches: vec!["offset 0".to_owned(), "magic 4d5a".to_owned()],
+            pattern: Pattern::Magic {
+                offset: 4,
+                magic: b"MZ".to_vec(),
+                mask: Some(vec![0xff, 0x0f]),
+            },
         };
-        assert_eq!(entry.unwrap(), expected);
-        let entry = Entry::parse("disabled\ninterpreter /a b\nflags: \nextension .exe\n").unwrap();
+        assert_eq!(entry("offset 4\nmagic 4d5a\nmask ff0f"), expected);
+        let entry = Entry::parse("disabled\ninterpreter /init\nflags: \nextension .exe\n").unwrap();
         assert_eq!((entry.enabled, entry.flags.as_str()), (false, ""));
-        assert_eq!(entry.interpreter, "/a b");
-        assert_eq!(entry.matches, ["extension .exe"]);
+        assert_eq!(entry.pattern, Pattern::Extension("exe".to_owned()));
     }
 
     #[test]
     fn a_text_that_the_kernel_does_not_write_is_an_error() {
-        for text in ["", "enabled\n", "on\n", "enabled\nflags: P\n"] {
+        let start = "enabled\ninterpreter /init\nflags: P\n";
+        for text in [
+            "",
+            "enabled\n",
+            "on\n",
+            "enabled\nflags: P\n",
+            start,
+            &format!("{start}offset 0\n"),
+            &format!("{start}offset x\nmagic 4d5a\n"),
+            &format!("{start}offset 0\nmagic 4d5\n"),
+            &format!("{start}offset 0\nmagic 4d\u{e4}\n"),
+        ] {
             assert!(Entry::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_registers_what_the_entry_shows() {
+        let magic = entry("offset 4\nmagic 4d5a\nmask ff0f");
+        assert_eq!(magic.rule("a"), r":a:M:4:\x4d\x5a:\xff\x0f:/a b:PF");
+        assert_eq!(magic.rule("a:b"), r"|a:b|M|4|\x4d\x5a|\xff\x0f|/a b|PF");
+        assert_eq!(entry("extension .exe").rule("a"), ":a:E::exe::/a b:PF");
+    }
+
+    #[test]
+    fn only_what_is_as_specific_as_mz_claims_windows_programs() {
+        for (pattern, claim) in [
+            ("offset 0\nmagic 4d5a", Claim::Equal),
+            ("offset 0\nmagic 4d", Claim::Equal),
+            ("offset 0\nmagic 4d5a9000\nmask ffff0000", Claim::Equal),
+            ("offset 0\nmagic 4d00\nmask ff00", Claim::Equal),
+            ("extension .exe", Claim::Equal),
+            ("extension .EXE", Claim::Equal),
+            ("offset 0\nmagic 4d5a71467044", Claim::Longer),
+            ("offset 0\nmagic 4d5a9000\nmask ffffff00", Claim::Longer),
+            ("offset 0\nmagic 7f454c46", Claim::None),
+            ("offset 2\nmagic 4d5a", Claim::None),
+            ("offset 128\nmagic 50450000", Claim::None),
+            ("offset 0\nmagic 00009000\nmask 0000ffff", Claim::None),
+            ("extension .py", Claim::None),
+        ] {
+            assert_eq!(entry(pattern).claim(), claim, "{pattern}");
         }
     }
 }

@@ -261,7 +261,7 @@ fn emitted(sandbox: &Sandbox) -> anyhow::Result<Option<bool>> {
     let tree = tree(&sandbox.path("out/early"))?;
     let restores = tree
         .iter()
-        .any(|(path, what)| path.contains("restore") || what.contains("restore"));
+        .any(|(path, what)| path.contains("restore") || what.contains(" restore"));
     Ok((!tree.is_empty()).then_some(restores))
 }
 

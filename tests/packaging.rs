@@ -125,6 +125,7 @@ fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()
         (b"nothing", 2),
         (b"--nothing", 2),
         (b"restore nothing", 2),
+        (b"release --watch", 2),
         (b"--help restore", 2),
         (b"/one /two", 2),
         (b"/not-utf8-\xff", 2),

@@ -20,7 +20,7 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
     if verdict != Verdict::Wsl2 {
         return Ok(());
     }
-    let plan = plan::plan(&read_wsl_conf(host, log));
+    let plan = plan::plan(&read_wsl_conf(host, log), &host.neighbors());
     let errors = units::write(&plan, early, &host::executable()?);
     for error in &errors {
         log.error(&format!("{error:#}"));

@@ -24,10 +24,7 @@ pub fn guard(host: &Host) -> anyhow::Result<()> {
     }
     let state = fs::read_to_string(&status).with_context(|| format!("reading {status}"))?;
     let file = host.path(GUARD_FILE);
-    if let Some(directory) = file.parent() {
-        fs::create_dir_all(directory).with_context(|| format!("creating {directory}"))?;
-    }
-    fs::write(&file, state).with_context(|| format!("writing {file}"))?;
+    host.write(GUARD_FILE, &state)?;
 
     bind(&file, &status).with_context(|| format!("binding {file} over {status}"))?;
     make_read_only(&status)

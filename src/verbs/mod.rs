@@ -2,4 +2,6 @@
 
 pub mod generate;
 pub mod guard;
+pub mod release;
 pub mod restore;
+pub mod watch;

@@ -1,59 +1,133 @@
-//! `restore`: make the interop entry stand.
+//! `restore`: make the interop entry stand, and come first among those that claim as much.
 
-use anyhow::bail;
+use anyhow::{bail, Context};
 
 use crate::host::{Host, INIT};
 use crate::log::Log;
-use crate::registry::{self, Entry};
+use crate::registry::{Claim, Entry, Pattern, Table};
 
 /// The entry's name, which other tools look for, too.
-const NAME: &str = "WSLInterop";
-/// As WSL registers it. `P`: /init needs the program as it was called; `F`: it works in chroots and containers, too.
-const RULE: &str = ":WSLInterop:M::MZ::/init:FP";
-/// The rule's flags, in the order in which the kernel shows them.
-const FLAGS: &str = "PF";
+pub const NAME: &str = "WSLInterop";
+/// Holds the place while `WSLInterop` is registered anew.
+const PLACEHOLDER: &str = "WSLInterop-next";
+/// What WSL before 2.6.2 registers beside it.
+const LATE: &str = "WSLInterop-late";
 
-/// Registers the entry if it is missing.
-///
-/// # Errors
-/// /init is missing; the entry is disabled or not WSL's, and so not ours to touch; or the kernel
-/// does not show what was registered.
-pub fn restore(host: &Host, log: &Log) -> anyhow::Result<()> {
-    if let Some(entry) = registry::read(host, NAME)? {
-        return check(&entry);
-    }
-    if !host.is_executable(INIT) {
-        bail!(
-            "{}: not an executable file, so this is no WSL2 distro",
-            host.path(INIT)
-        );
-    }
-    let registered = registry::register(host, RULE);
-    // The table is shared: a peer that was quicker is no failure, and so what counts is what
-    // stands there now.
-    match (registry::read(host, NAME)?, registered) {
-        (None, Err(error)) => Err(error),
-        (None, Ok(())) => bail!("{NAME}: registered, but gone when read back"),
-        (Some(entry), Err(_)) => check(&entry),
-        (Some(entry), Ok(())) => {
-            check(&entry)?;
-            if entry.flags != FLAGS {
-                bail!("{NAME}: registered, but has the flags '{}'", entry.flags);
-            }
-            log.info(&format!("{NAME} was missing, registered it"));
-            Ok(())
-        }
+/// The entry as WSL registers it for the VM. `P`: /init needs the program as it was called; `F`:
+/// it works in chroots and containers, too.
+fn wanted() -> Entry {
+    Entry {
+        enabled: true,
+        interpreter: INIT.to_owned(),
+        flags: "PF".to_owned(),
+        pattern: Pattern::Magic {
+            offset: 0,
+            magic: b"MZ".to_vec(),
+            mask: None,
+        },
     }
 }
 
-/// Whether an entry of our name is WSL's, and in use.
-fn check(entry: &Entry) -> anyhow::Result<()> {
-    let fault = if entry.interpreter != INIT {
+/// Mends the entry where it has to be, and says what was done.
+///
+/// # Errors
+/// See `mend`.
+pub fn restore(host: &Host, log: &Log) -> anyhow::Result<()> {
+    for deed in mend(host)? {
+        log.info(&deed);
+    }
+    Ok(())
+}
+
+/// Makes the entry stand as WSL registered it, ahead of all that claim Windows programs as much as
+/// it does, and behind those with a longer magic. At no instant is there no entry. Returns what was
+/// done for that, in words; nothing, mostly.
+///
+/// # Errors
+/// binfmt_misc is not mounted; /init is missing; the entry is disabled or not WSL's, and so not
+/// ours to touch; or the kernel does not do as it is told.
+pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
+    let table = Table::open(host)?;
+    let _lock = table.lock();
+    let mut deeds = Vec::new();
+
+    let entry = match table.read(NAME)? {
+        Some(entry) => entry,
+        None => {
+            require_init(host)?;
+            let registered = table.register(&wanted().rule(NAME));
+            // A peer without our lock may have been quicker: what counts is what stands there now.
+            match (table.read(NAME)?, registered) {
+                (Some(entry), Ok(())) => {
+                    deeds.push(format!("{NAME} was missing, registered it"));
+                    entry
+                }
+                (Some(entry), Err(_)) => entry,
+                (None, Err(error)) => return Err(error),
+                (None, Ok(())) => bail!("{NAME}: registered, but gone when read back"),
+            }
+        }
+    };
+    require_ours(&entry)?;
+
+    let others = Others::of(&table, host)?;
+    let lost = entry.flags != wanted().flags;
+    if lost || !others.shadows.is_empty() {
+        require_init(host)?;
+        replace(&table, NAME, PLACEHOLDER, &wanted())?;
+        deeds.push(if lost {
+            format!("{NAME} had the flags '{}', registered it anew", entry.flags)
+        } else {
+            format!(
+                "{} took Windows programs, put {NAME} first",
+                others.shadows.join(", ")
+            )
+        });
+    }
+    for name in [LATE, PLACEHOLDER] {
+        if table.read(name)?.is_some_and(|e| e.interpreter == INIT) {
+            table.unregister(name)?;
+            deeds.push(format!("removed {name}, which {NAME} makes superfluous"));
+        }
+    }
+    for (name, entry) in Others::of(&table, host)?.shadowed {
+        replace(&table, &name, &format!("{name}-next"), &entry)
+            .with_context(|| format!("putting {name} ahead of {NAME}, which is less specific"))?;
+        deeds.push(format!(
+            "put {name} ahead of {NAME}, which is less specific"
+        ));
+    }
+    if !deeds.is_empty() && table.read(NAME)?.as_ref() != Some(&wanted()) {
+        bail!("{NAME}: registered, but not as it was when read back");
+    }
+    Ok(deeds)
+}
+
+/// Registers an entry anew, which makes it the first that the kernel tries. Meanwhile another one
+/// holds its place, so that it is never missing.
+fn replace(table: &Table, name: &str, placeholder: &str, entry: &Entry) -> anyhow::Result<()> {
+    table.unregister(placeholder)?;
+    table.register(&entry.rule(placeholder))?;
+    table.unregister(name)?;
+    table.register(&entry.rule(name))?;
+    table.unregister(placeholder)
+}
+
+fn require_init(host: &Host) -> anyhow::Result<()> {
+    if !host.is_executable(INIT) {
+        let init = host.path(INIT);
+        bail!("{init}: not an executable file, so this is no WSL2 distro");
+    }
+    Ok(())
+}
+
+/// Refuses an entry of our name that somebody has made something else.
+fn require_ours(entry: &Entry) -> anyhow::Result<()> {
+    let wanted = wanted();
+    let fault = if entry.interpreter != wanted.interpreter {
         format!("runs {}, not {INIT}", entry.interpreter)
-    } else if entry.matches != ["offset 0", "magic 4d5a"] {
-        format!("matches {}, not the magic MZ", entry.matches.join(", "))
-    } else if !entry.flags.contains('P') {
-        format!("has the flags '{}', without P", entry.flags)
+    } else if entry.pattern != wanted.pattern {
+        "is not for the magic MZ".to_owned()
     } else if !entry.enabled {
         "is disabled".to_owned()
     } else {
@@ -62,41 +136,60 @@ fn check(entry: &Entry) -> anyhow::Result<()> {
     bail!("{NAME} {fault}: somebody made it so, left alone")
 }
 
+/// The other entries that have to do with Windows programs and stand in the wrong place.
+struct Others {
+    /// Ahead of ours, and claiming as much.
+    shadows: Vec<String>,
+    /// Behind ours, and claiming more; the one that is to come first is the last.
+    shadowed: Vec<(String, Entry)>,
+}
+
+impl Others {
+    fn of(table: &Table, host: &Host) -> anyhow::Result<Others> {
+        let mut others = Others {
+            shadows: Vec::new(),
+            shadowed: Vec::new(),
+        };
+        let mut ahead = true;
+        for name in table.names()? {
+            if name == NAME {
+                ahead = false;
+                continue;
+            }
+            // Gone since it was listed, or not to be understood: nothing to be done about it.
+            let Ok(Some(entry)) = table.read(&name) else {
+                continue;
+            };
+            let superfluous =
+                [LATE, PLACEHOLDER].contains(&name.as_str()) && entry.interpreter == INIT;
+            // With `F` the kernel opens the interpreter, and a peer's may not be there for us.
+            let can_register = !entry.flags.contains('F') || host.is_executable(&entry.interpreter);
+            match entry.claim() {
+                _ if !entry.enabled || superfluous => {}
+                Claim::Equal if ahead => others.shadows.push(name),
+                Claim::Longer if !ahead && can_register => others.shadowed.insert(0, (name, entry)),
+                _ => {}
+            }
+        }
+        Ok(others)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn only_wsls_own_entry_in_use_passes() {
-        let magic = "offset 0\nmagic 4d5a\n";
-        for (text, passes) in [
-            (
-                format!("enabled\ninterpreter /init\nflags: PF\n{magic}"),
-                true,
-            ),
-            (
-                format!("enabled\ninterpreter /init\nflags: P\n{magic}"),
-                true,
-            ),
-            (
-                format!("disabled\ninterpreter /init\nflags: PF\n{magic}"),
-                false,
-            ),
-            (
-                format!("enabled\ninterpreter /usr/bin/wine\nflags: PF\n{magic}"),
-                false,
-            ),
-            (
-                "enabled\ninterpreter /init\nflags: PF\nextension .exe\n".to_owned(),
-                false,
-            ),
-            (
-                format!("enabled\ninterpreter /init\nflags: PF\n{magic}mask ff00\n"),
-                false,
-            ),
-        ] {
-            let entry = Entry::parse(&text).unwrap();
-            assert_eq!(check(&entry).is_ok(), passes, "{text}");
-        }
+        let ours = |change: fn(&mut Entry)| {
+            let mut entry = wanted();
+            change(&mut entry);
+            require_ours(&entry).is_ok()
+        };
+        assert!(ours(|_| {}));
+        assert!(ours(|e| e.flags = "P".to_owned()));
+        assert!(!ours(|e| e.enabled = false));
+        assert!(!ours(|e| e.interpreter = "/usr/bin/wine".to_owned()));
+        assert!(!ours(|e| e.pattern = Pattern::Extension("exe".to_owned())));
     }
 }

@@ -109,7 +109,7 @@ pub const SCENARIOS: &[Scenario] = &[
                 "done: ",
                 ".exe afterwards: starts",
                 "WSLInterop: enabled, interpreter /init, flags: PF",
-                "testfmt: enabled, interpreter /bin/cat, flags: F",
+                "testfmt: missing",
                 "systemd-binfmt inactive, system running",
             ],
         },
@@ -319,6 +319,10 @@ pub const SCENARIOS: &[Scenario] = &[
                 .mine()
                 .binfmt_support()
                 .file(
+                    "/etc/systemd/system/wsl-binfmt.service",
+                    "[Service]\nType=oneshot\nExecStart=/bin/true\n",
+                )
+                .file(
                     "/etc/systemd/system/faulty.service",
                     "[Service]\nExecStart=/bin/true\nExecStrat=/bin/true\n",
                 )
@@ -347,7 +351,8 @@ pub const SCENARIOS: &[Scenario] = &[
                 "wsl-interop-restore.service: ",
                 "binfmt-support.service: ",
                 "systemd-binfmt.service: ",
-                "units that are verified: 4",
+                "wsl-binfmt.service: ",
+                "units that are verified: 5",
             ],
         },
     },
