@@ -151,6 +151,7 @@ impl Host {
                 .find_map(|v| v.strip_prefix("container=").map(str::to_owned)),
             container_marker: CONTAINER_MARKERS.iter().any(|m| self.path(m).exists()),
             init_executable: self.is_executable(INIT),
+            guarded: self.path(GUARD_FILE).exists(),
         }
     }
 

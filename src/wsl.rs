@@ -30,6 +30,8 @@ pub struct Files {
     pub container_marker: bool,
     /// /init is an executable file.
     pub init_executable: bool,
+    /// The guard has been here since the distro started.
+    pub guarded: bool,
 }
 
 /// Where this system runs.
@@ -79,7 +81,8 @@ pub fn verdict(environment: &Environment, files: impl FnOnce() -> Files) -> Verd
     if !said_by_wsl && (container.is_some() || files.container_marker) {
         return Verdict::Container;
     }
-    if !files.init_executable {
+    // A soft-reboot unmounts /init. The entry still works then, and the guard's mount stands.
+    if !files.init_executable && !files.guarded {
         return Verdict::NoInit;
     }
     Verdict::Wsl2
@@ -205,6 +208,17 @@ mod tests {
             |_, f| {
                 f.container_marker = true;
                 f.pid1_container = some("wsl");
+            },
+            Verdict::Wsl2,
+        );
+    }
+
+    #[test]
+    fn a_distro_without_init_after_a_soft_reboot_is_one() {
+        check(
+            |_, f| {
+                f.init_executable = false;
+                f.guarded = true;
             },
             Verdict::Wsl2,
         );

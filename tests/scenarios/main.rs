@@ -2,8 +2,14 @@
 //! is played twice on each Debian: stock, which is the control, and with our generator installed.
 //! What is seen is compared line by line.
 
+mod generations;
+mod order;
+mod packages;
 mod promises;
+mod release;
+mod soft_spots;
 mod verbs;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -11,23 +17,46 @@ use anyhow::{bail, ensure, Context};
 use libtest_mimic::{Arguments, Failed, Trial};
 use wsl_vm::{Machine, Vm};
 
-use promises::{Expect, Scenario, Setting, SCENARIOS};
-use verbs::VERBS;
+use promises::{Expect, Scenario, Setting};
+use verbs::Test;
 
-/// systemd 252 and 257.
-const SUITES: [&str; 2] = ["bookworm", "trixie"];
+/// systemd 247, 252, 257 and 262.
+const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
+
+/// Scenarios, and the Debian suites that they are played on.
+const SCENARIOS: &[(&[Scenario], &[&str])] = &[
+    (promises::SCENARIOS, SUITES),
+    (generations::SCENARIOS, SUITES),
+    (generations::LOCK, &["bookworm", "trixie", "forky"]),
+    (generations::LOCK_BEFORE_250, &["bullseye"]),
+    (release::RELEASE, &["bookworm", "trixie"]),
+    (packages::SCENARIOS, packages::SUITES),
+    (soft_spots::SOFT_SPOTS, &["trixie"]),
+    (soft_spots::SOFT_REBOOT, &["trixie"]),
+];
+
+/// Tests in a VM, in which they boot distros or none.
+const TESTS: &[&[Test]] = &[verbs::VERBS, order::ORDER, watch::WATCH];
+
+fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static [&'static str])> {
+    let of_a_list = |&(scenarios, suites): &(&'static [Scenario], _)| {
+        scenarios.iter().map(move |scenario| (scenario, suites))
+    };
+    SCENARIOS.iter().flat_map(of_a_list)
+}
 
 /// Plays inside the VM: prints what is seen, a line each.
 fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         [name] => {
-            let verb = VERBS.iter().find(|verb| verb.0 == name);
-            verb.context("no such test of a verb")?.1(vm)
+            let test = TESTS.iter().copied().flatten().find(|test| test.0 == name);
+            test.context("no such test")?.1(vm)
         }
         [name, suite, whose] => {
-            let scenario = SCENARIOS.iter().find(|s| s.name == name);
-            let play = scenario.context("no such scenario")?.play;
+            let scenario =
+                scenarios().find(|(s, suites)| s.name == name && suites.contains(&suite));
+            let play = scenario.context("no such scenario")?.0.play;
             let ours = whose == "ours";
             for line in play(&Setting { vm, suite, ours })? {
                 println!("{line}");
@@ -58,15 +87,15 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
 /// All tests: the arguments for `play`, and what to make of the answer.
 fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
     let mut trials = Vec::new();
-    let mut add = |name: String, test: Test| {
+    let mut add = |name: String, check: Check| {
         let run = move || match machine {
-            Some(machine) => test(machine).map_err(|e| Failed::from(format!("{e:#}"))),
+            Some(machine) => check(machine).map_err(|e| Failed::from(format!("{e:#}"))),
             None => Err("there is no VM to play in".into()),
         };
         trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
     };
-    for scenario in SCENARIOS {
-        for suite in SUITES {
+    for (scenario, suites) in scenarios() {
+        for suite in suites {
             for (whose, ours) in [("stock", false), ("ours", true)] {
                 add(
                     format!("{}: {suite}, {whose}", scenario.name),
@@ -75,14 +104,14 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
             }
         }
     }
-    for (name, _) in VERBS {
-        let test = |machine: &Machine| machine.in_vm(&[name]).map(drop);
-        add((*name).to_owned(), Box::new(test));
+    for (name, _) in TESTS.iter().copied().flatten() {
+        let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
+        add((*name).to_owned(), Box::new(check));
     }
     trials
 }
 
-type Test = Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>;
+type Check = Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>;
 
 /// Where there can be no VM, that is said loudly; where CI runs, it is a failure.
 fn main() -> ExitCode {
@@ -100,7 +129,11 @@ fn main() -> ExitCode {
         }
         return libtest_mimic::run(&arguments, trials(None)).exit_code();
     }
-    let machine: &'static Machine = match Machine::prepare(&SUITES) {
+    let prepared = Machine::prepare(SUITES).and_then(|machine| {
+        wsl_vm::download_packages(packages::SUITES)?;
+        Ok(machine)
+    });
+    let machine: &'static Machine = match prepared {
         Ok(machine) => Box::leak(Box::new(machine)),
         Err(error) => {
             eprintln!("{error:#}");

@@ -434,7 +434,7 @@ fn after(setting: &Setting, command: &str) -> anyhow::Result<Vec<String>> {
     ])
 }
 
-fn state(distro: &Distro) -> String {
+pub fn state(distro: &Distro) -> String {
     let unit = distro.run("systemctl is-active systemd-binfmt");
     let system = distro.run("systemctl is-system-running");
     format!("systemd-binfmt {}, system {}", unit.trim(), system.trim())
@@ -449,7 +449,7 @@ pub struct Setting<'vm> {
 
 impl Setting<'_> {
     /// The distro that it is about: with a rule of its own, and with or without us.
-    fn mine(&self) -> Builder<'_> {
+    pub fn mine(&self) -> Builder<'_> {
         self.vm
             .distro("mine", self.suite)
             .generator(self.ours)
@@ -457,17 +457,17 @@ impl Setting<'_> {
     }
 
     /// Another one, which does the table no harm, so that all harm comes from the first.
-    fn peer(&self) -> Builder<'_> {
+    pub fn peer(&self) -> Builder<'_> {
         self.vm
             .distro("peer", self.suite)
             .masked("systemd-binfmt.service")
     }
 
-    fn exe(&self, when: &str) -> String {
+    pub fn exe(&self, when: &str) -> String {
         format!(".exe {when}: {}", self.vm.launch())
     }
 
-    fn entry(&self, name: &str) -> String {
+    pub fn entry(&self, name: &str) -> String {
         format!("{name}: {}", self.vm.entry(name))
     }
 }

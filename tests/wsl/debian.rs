@@ -27,6 +27,8 @@ pub fn tree(directory: &Path, suite: &str, packages: &str) -> anyhow::Result<Pat
     succeed(
         Command::new("mmdebstrap")
             .arg("--variant=minbase")
+            // A suite keeps its last index for good once it is archived, and a mirror may lag.
+            .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
             .arg(format!("--include={packages}"))
             .arg(suite)
             .arg(&unfinished),

@@ -3,32 +3,27 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{symlink, PermissionsExt};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use nix::mount::{umount2, MntFlags};
-use nix::sched::{unshare, CloneFlags};
-use nix::sys::signal::Signal;
 
+use super::generation::Generation;
 use super::vm::{Vm, TABLE};
-use super::{mount, project, DISTRO_STAGE, PID1_STAGE};
+use super::{project, DISTRO_STAGE};
 
 /// Longer than this no boot, command or poweroff takes.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Where distributions install generators; on Debian 12 /lib leads to /usr/lib.
-const GENERATOR: &str = "/usr/lib/systemd/system-generators/wsl-binfmt-generator";
-
-/// What a user namespace may not do, and WSL2 may: mount these, and load modules.
-const FORBIDDEN: [&str; 5] = [
+/// What a user namespace may not do, and WSL2 may: mount these, load modules, read the audit log.
+const FORBIDDEN: [&str; 6] = [
     "dev-hugepages.mount",
     "sys-fs-fuse-connections.mount",
     "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount",
+    "systemd-journald-audit.socket",
     "systemd-modules-load.service",
 ];
 
@@ -37,9 +32,11 @@ pub struct Builder<'vm> {
     vm: &'vm Vm,
     name: String,
     suite: String,
+    generation: Generation,
     osrelease: String,
     environment: Vec<String>,
     init: bool,
+    read_only: bool,
     generator: bool,
     masked: Vec<String>,
     files: Vec<(String, String)>,
@@ -51,15 +48,22 @@ impl<'vm> Builder<'vm> {
             vm,
             name: name.to_owned(),
             suite: suite.to_owned(),
+            generation: Generation::None,
             osrelease: "6.6.87.2-microsoft-standard-WSL2".to_owned(),
-            environment: ["container=wsl", "container_host_id=windows"]
-                .map(str::to_owned)
-                .to_vec(),
+            environment: Generation::None.environment(),
             init: true,
+            read_only: false,
             generator: false,
             masked: vec!["binfmt-support.service".to_owned()],
             files: Vec::new(),
         }
+    }
+
+    /// Booted by a WSL of this generation; without a word, by one that does nothing for interop.
+    pub fn generation(mut self, generation: Generation) -> Self {
+        self.generation = generation;
+        self.environment = generation.environment();
+        self
     }
 
     /// With this project's generator and man page installed, or without.
@@ -101,6 +105,12 @@ impl<'vm> Builder<'vm> {
     /// Without WSL's /init.
     pub fn without_init(mut self) -> Self {
         self.init = false;
+        self
+    }
+
+    /// With a root that cannot be written to.
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
         self
     }
 
@@ -148,11 +158,16 @@ impl<'vm> Builder<'vm> {
         }
         fs::write(directory.join("osrelease"), format!("{}\n", self.osrelease))?;
         fs::write(directory.join("environment"), self.environment.join("\n"))?;
-        symlink(self.vm.paths.tree(&self.suite), directory.join("tree"))?;
+        fs::write(directory.join("generation"), self.generation.name())?;
+        let tree = self.vm.paths.tree(&self.suite);
+        symlink(&tree, directory.join("tree"))?;
         symlink(
             self.vm.paths.cgroup.join(&self.name),
             directory.join("cgroup"),
         )?;
+        if self.read_only {
+            fs::write(directory.join("read-only"), "")?;
+        }
         if self.init {
             symlink("/vm/init", directory.join("init"))?;
         }
@@ -172,7 +187,15 @@ impl<'vm> Builder<'vm> {
             fs::write(inside(path)?, text)?;
         }
         if self.generator {
-            let program = inside(GENERATOR)?;
+            // Debian 11 has a /lib of its own, and there its systemd looks.
+            let usr = if tree.join("lib").is_symlink() {
+                "/usr"
+            } else {
+                ""
+            };
+            let program = inside(&format!(
+                "{usr}/lib/systemd/system-generators/wsl-binfmt-generator"
+            ))?;
             fs::copy(self.vm.paths.generator(), &program)?;
             fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
             let page = "wsl-binfmt-generator.8";
@@ -255,91 +278,4 @@ impl Drop for Distro {
         let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
         let _ = self.child.wait();
     }
-}
-
-/// Becomes the distro's keeper on the VM's side: makes the namespaces, and waits for its PID 1.
-pub fn stage(directory: &str) -> anyhow::Result<()> {
-    let procs = Path::new(directory).join("cgroup/cgroup.procs");
-    fs::write(&procs, std::process::id().to_string())?;
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    unshare(
-        CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWCGROUP,
-    )
-    .context("unsharing a distro's namespaces")?;
-    let mut child = Command::new("/proc/self/exe")
-        .args([PID1_STAGE, directory])
-        .stdout(Stdio::null())
-        .spawn()?;
-    println!("{}", child.id());
-    child.wait()?;
-    Ok(())
-}
-
-/// Becomes the distro's PID 1: mounts what WSL mounts, then runs systemd.
-pub fn pid1_stage(directory: &str) -> anyhow::Result<()> {
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    let directory = Path::new(directory);
-    let outside = |name: &str| directory.join(name).to_string_lossy().into_owned();
-    let root = outside("root");
-    let inside = |path: &str| format!("{root}{path}");
-
-    mount("none", "/", "rprivate", "")?;
-    let layers = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        fs::read_link(outside("tree"))?.display(),
-        outside("upper"),
-        outside("work")
-    );
-    mount("overlay", &root, "overlay", &layers)?;
-    mount("proc", &inside("/proc"), "proc", "")?;
-    mount("sysfs", &inside("/sys"), "sysfs", "")?;
-    mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
-    for path in ["/run", "/dev"] {
-        mount("tmpfs", &inside(path), "tmpfs", "mode=755")?;
-    }
-    for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
-        let node = inside(&format!("/dev/{device}"));
-        fs::write(&node, "")?;
-        mount(&format!("/dev/{device}"), &node, "bind", "")?;
-    }
-    fs::create_dir(inside("/dev/pts"))?;
-    mount(
-        "devpts",
-        &inside("/dev/pts"),
-        "devpts",
-        "newinstance,ptmxmode=666",
-    )?;
-    symlink("pts/ptmx", inside("/dev/ptmx"))?;
-    fs::create_dir(inside("/dev/shm"))?;
-    mount("tmpfs", &inside("/dev/shm"), "tmpfs", "")?;
-    mount("binfmt_misc", &inside(TABLE), "binfmt_misc", "")?;
-    mount(
-        &outside("osrelease"),
-        &inside("/proc/sys/kernel/osrelease"),
-        "bind",
-        "",
-    )?;
-    if directory.join("init").exists() {
-        fs::write(inside("/init"), "")?;
-        mount(&outside("init"), &inside("/init"), "bind", "")?;
-    }
-    let environment = fs::read_to_string(outside("environment"))?;
-    let console = fs::File::create(outside("console"))?;
-    std::env::set_current_dir(&root)?;
-    fs::create_dir_all("mnt/machine")?;
-    nix::unistd::pivot_root(".", "mnt/machine")?;
-    umount2("/mnt/machine", MntFlags::MNT_DETACH)?;
-    let error = Command::new("/sbin/init")
-        .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .envs(environment.lines().filter_map(|line| line.split_once('=')))
-        .stdin(Stdio::null())
-        .stdout(console.try_clone()?)
-        .stderr(console)
-        .exec();
-    Err(error).context("running /sbin/init")
 }

@@ -5,6 +5,10 @@
 //! - `debian.rs`: the Debian trees that distros boot from
 //! - `vm.rs`, inside: the table, launching an `.exe`, the hammer
 //! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
+//! - `stages.rs`: what a distro's first processes do before systemd runs
+//! - `generation.rs`: what WSL itself does for interop, by its version
+//! - `life.rs`: a distro's life under one of these, played and put into words
+//! - `packages.rs`: real packages to install in a distro, as files
 //! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 //!
 //! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
@@ -14,7 +18,11 @@
 
 mod debian;
 mod distro;
+mod generation;
+pub mod life;
 mod machine;
+mod packages;
+mod stages;
 mod vm;
 
 use std::path::Path;
@@ -24,7 +32,9 @@ use anyhow::Context;
 
 pub use debian::{require, tree};
 pub use distro::{Builder, Distro};
+pub use generation::Generation;
 pub use machine::{succeed, target_directory, Machine};
+pub use packages::download_packages;
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.
@@ -38,8 +48,8 @@ pub fn run_stage(play: impl FnOnce(&Vm, &[String]) -> anyhow::Result<()>) -> Opt
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.split_first()? {
         (stage, rest) if stage == VM_STAGE => vm::stage(|vm| play(vm, rest)),
-        (stage, rest) if stage == DISTRO_STAGE => distro::stage(&rest[0]),
-        (stage, rest) if stage == PID1_STAGE => distro::pid1_stage(&rest[0]),
+        (stage, rest) if stage == DISTRO_STAGE => stages::distro(&rest[0]),
+        (stage, rest) if stage == PID1_STAGE => stages::pid1(&rest[0]),
         _ => return None,
     };
     Some(match result {
@@ -62,6 +72,7 @@ fn mount(what: &str, on: &str, kind: &str, options: &str) -> anyhow::Result<()> 
     let flags = match kind {
         "bind" => MsFlags::MS_BIND,
         "rbind" => MsFlags::MS_BIND | MsFlags::MS_REC,
+        "read-only" => MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
         "rprivate" => MsFlags::MS_PRIVATE | MsFlags::MS_REC,
         _ => MsFlags::empty(),
     };

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,12 +18,15 @@ use super::{debian, project, VM_STAGE};
 const DISTRO: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
 
 /// Longer than this no scenario takes.
-const VM_TIMEOUT: Duration = Duration::from_secs(180);
+const VM_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The machine that VMs are started on, with everything that they need in place.
 pub struct Machine {
     directory: PathBuf,
 }
+
+/// With this, the VM begins a line that is a request.
+pub const REQUEST: &str = "@machine ";
 
 /// Where the VM finds what the machine has made for it.
 pub struct Paths {
@@ -150,9 +153,15 @@ impl Machine {
                 fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
             }
             let mut stdin = child.stdin.take().context("stdin")?;
-            stdin.write_all(b"mapped\n").context("telling the VM")
+            stdin.write_all(b"mapped\n").context("telling the VM")?;
+            Ok(stdin)
         })();
-        let printed = thread::spawn(move || read_all(stdout));
+        let (started, stdin) = match started {
+            Ok(stdin) => (Ok(()), Some(stdin)),
+            Err(error) => (Err(error), None),
+        };
+        let pid = child.id();
+        let printed = thread::spawn(move || serve(pid, stdout, stdin));
         if started.is_err() {
             child.kill()?;
         }
@@ -176,6 +185,34 @@ impl Machine {
             None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
         }
     }
+}
+
+/// Reads what the VM prints, to its end. What it asks of the machine is done for it meanwhile.
+fn serve(vm: u32, stdout: impl BufRead, mut stdin: Option<ChildStdin>) -> String {
+    let mut printed = String::new();
+    for line in stdout.lines().map_while(Result::ok) {
+        match (line.strip_prefix(REQUEST), &mut stdin) {
+            (Some(command), Some(stdin)) => {
+                let answer = as_machine(vm, command).unwrap_or_else(|error| format!("{error:#}"));
+                // A VM that has died does not want its answer any more.
+                let _ = writeln!(stdin, "{}", answer.trim_end().replace('\n', "; "));
+            }
+            _ => printed.extend([&line, "\n"]),
+        }
+    }
+    printed
+}
+
+/// A shell command in the VM's mount namespace, with the machine's privileges; what it prints,
+/// errors included.
+fn as_machine(vm: u32, command: &str) -> anyhow::Result<String> {
+    let output = Command::new("nsenter")
+        .args(["-t", &vm.to_string(), "-m", "-r", "-w"])
+        .args(["sh", "-c", &format!("exec 2>&1; {command}")])
+        .stdin(Stdio::null())
+        .output()
+        .context("entering the VM")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// A cgroup for everything in one VM; dropped, nothing of it is left.

@@ -15,7 +15,7 @@ use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use super::distro::Builder;
-use super::machine::Paths;
+use super::machine::{Paths, REQUEST};
 use super::mount;
 
 /// The table's mount point.
@@ -105,6 +105,15 @@ impl Vm {
         command
     }
 
+    /// What a shell command prints that the machine runs in the VM's mount namespace: a user
+    /// namespace may not mount a disk.
+    pub fn as_machine(&self, command: &str) -> anyhow::Result<String> {
+        println!("{REQUEST}{command}");
+        let mut answer = String::new();
+        io::stdin().lock().read_line(&mut answer)?;
+        Ok(answer.trim_end().to_owned())
+    }
+
     /// Registers a rule.
     pub fn register(&self, rule: &str) -> anyhow::Result<()> {
         self.write("register", rule)
@@ -120,9 +129,13 @@ impl Vm {
             .with_context(|| format!("writing {text} to {}", path.display()))
     }
 
-    /// Makes interop as WSL made it when the VM started.
+    /// Makes interop as WSL made it when the VM started, unless it still is.
     pub fn renew_interop(&self) -> anyhow::Result<()> {
-        if self.entry("WSLInterop") != "missing" {
+        let entry = self.entry("WSLInterop");
+        if entry == "enabled, interpreter /init, flags: PF" {
+            return Ok(());
+        }
+        if entry != "missing" {
             self.write("WSLInterop", "-1")?;
         }
         self.register(WSL_INTEROP)
@@ -161,17 +174,27 @@ impl Vm {
         Ok(mounts.lines().filter(on).count())
     }
 
-    /// The names of all entries.
+    /// Mounts the table, at its own place or at another.
+    pub fn mount_table(&self, path: &str) -> anyhow::Result<()> {
+        mount("binfmt_misc", path, "binfmt_misc", "")
+    }
+
+    /// The names of all entries, sorted.
     pub fn entries(&self) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(TABLE)
+        let mut names = self.entries_in_order();
+        names.sort();
+        names
+    }
+
+    /// The names of all entries, the newest first.
+    pub fn entries_in_order(&self) -> Vec<String> {
+        fs::read_dir(TABLE)
             .into_iter()
             .flatten()
             .flatten()
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name != "register" && name != "status")
-            .collect();
-        names.sort();
-        names
+            .collect()
     }
 
     /// An entry's state, interpreter and flags in one line.
@@ -211,17 +234,22 @@ impl Vm {
         let thread = thread::spawn(move || {
             let mut launches = Launches::default();
             let mut last = Instant::now();
-            while !told.load(Ordering::Relaxed) {
-                let status = Command::new(EXE).stdout(Stdio::null()).status();
-                if status.is_ok_and(|s| s.success()) {
+            loop {
+                // Told to stop, it launches once more, and so sees how things were left.
+                let stop = told.load(Ordering::Relaxed);
+                // Some other interpreter may end well, too.
+                let printed = Command::new(EXE).stdin(Stdio::null()).output();
+                if printed.is_ok_and(|o| o.stdout.starts_with(b"INTEROP")) {
                     launches.started += 1;
                     launches.longest_gap = launches.longest_gap.max(last.elapsed());
                     last = Instant::now();
                 } else {
                     launches.failed += 1;
                 }
+                if stop {
+                    return launches;
+                }
             }
-            launches
         });
         Hammer { stop, thread }
     }
@@ -248,4 +276,10 @@ pub struct Launches {
     pub failed: u32,
     /// The longest time from one launch that started to the next.
     pub longest_gap: Duration,
+}
+
+impl Launches {
+    pub fn all(&self) -> u32 {
+        self.started + self.failed
+    }
 }

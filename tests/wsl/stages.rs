@@ -1,0 +1,111 @@
+//! What a distro's first processes do before systemd runs.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use nix::mount::{umount2, MntFlags, MsFlags};
+use nix::sched::{unshare, CloneFlags};
+use nix::sys::signal::Signal;
+
+use super::generation::Generation;
+use super::vm::TABLE;
+use super::{mount, PID1_STAGE};
+
+/// Becomes the distro's keeper on the VM's side: makes the namespaces, and waits for its PID 1.
+pub fn distro(directory: &str) -> anyhow::Result<()> {
+    let procs = Path::new(directory).join("cgroup/cgroup.procs");
+    fs::write(&procs, std::process::id().to_string())?;
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    unshare(
+        CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWCGROUP,
+    )
+    .context("unsharing a distro's namespaces")?;
+    let mut child = Command::new("/proc/self/exe")
+        .args([PID1_STAGE, directory])
+        .stdout(Stdio::null())
+        .spawn()?;
+    println!("{}", child.id());
+    child.wait()?;
+    Ok(())
+}
+
+/// Becomes the distro's PID 1: mounts what WSL mounts, then runs systemd.
+pub fn pid1(directory: &str) -> anyhow::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let directory = Path::new(directory);
+    let outside = |name: &str| directory.join(name).to_string_lossy().into_owned();
+    let root = outside("root");
+    let inside = |path: &str| format!("{root}{path}");
+
+    mount("none", "/", "rprivate", "")?;
+    // userxattr: overlayfs in a user namespace could not remove or rename directories otherwise.
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={},userxattr",
+        fs::read_link(outside("tree"))?.display(),
+        outside("upper"),
+        outside("work")
+    );
+    mount("overlay", &root, "overlay", &layers)?;
+    mount("proc", &inside("/proc"), "proc", "")?;
+    mount("sysfs", &inside("/sys"), "sysfs", "")?;
+    mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
+    for path in ["/run", "/dev"] {
+        mount("tmpfs", &inside(path), "tmpfs", "mode=755")?;
+    }
+    for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
+        let node = inside(&format!("/dev/{device}"));
+        fs::write(&node, "")?;
+        mount(&format!("/dev/{device}"), &node, "bind", "")?;
+    }
+    fs::create_dir(inside("/dev/pts"))?;
+    mount(
+        "devpts",
+        &inside("/dev/pts"),
+        "devpts",
+        "newinstance,ptmxmode=666",
+    )?;
+    symlink("pts/ptmx", inside("/dev/ptmx"))?;
+    fs::create_dir(inside("/dev/shm"))?;
+    mount("tmpfs", &inside("/dev/shm"), "tmpfs", "")?;
+    mount("binfmt_misc", &inside(TABLE), "binfmt_misc", "")?;
+    mount(
+        &outside("osrelease"),
+        &inside("/proc/sys/kernel/osrelease"),
+        "bind",
+        "",
+    )?;
+    if directory.join("init").exists() {
+        fs::write(inside("/init"), "")?;
+        mount(&outside("init"), &inside("/init"), "bind", "")?;
+    }
+    Generation::named(&fs::read_to_string(outside("generation"))?)?.prepare(&root)?;
+    let environment = fs::read_to_string(outside("environment"))?;
+    let console = fs::File::create(outside("console"))?;
+    let read_only = directory.join("read-only").exists();
+    std::env::set_current_dir(&root)?;
+    fs::create_dir_all("mnt/machine")?;
+    nix::unistd::pivot_root(".", "mnt/machine")?;
+    umount2("/mnt/machine", MntFlags::MNT_DETACH)?;
+    if read_only {
+        let none: Option<&str> = None;
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        nix::mount::mount(none, "/", none, flags, none)?;
+    }
+    let error = Command::new("/sbin/init")
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(environment.lines().filter_map(|line| line.split_once('=')))
+        .stdin(Stdio::null())
+        .stdout(console.try_clone()?)
+        .stderr(console)
+        .exec();
+    Err(error).context("running /sbin/init")
+}
