@@ -227,12 +227,11 @@ impl Table {
     pub fn names(&self) -> anyhow::Result<Vec<String>> {
         let read = || -> std::io::Result<Vec<String>> {
             let mut names = Vec::new();
-            for entry in self.directory.read_dir_utf8()? {
-                let name = entry?.file_name().to_owned();
-                if name != "register" && name != "status" {
-                    names.push(name);
-                }
+            for entry in fs::read_dir(&self.directory)? {
+                // A name that is not UTF-8 is none that anybody here cares about.
+                names.extend(entry?.file_name().into_string());
             }
+            names.retain(|name| name != "register" && name != "status");
             Ok(names)
         };
         read().with_context(|| format!("listing {}", self.directory))

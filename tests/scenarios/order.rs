@@ -87,6 +87,15 @@ pub const ORDER: &[Test] = &[
         );
         Ok(())
     }),
+    ("names and texts that are not UTF-8 are passed over", |vm| {
+        let register = "/proc/sys/fs/binfmt_misc/register";
+        fs::write(register, b":\xff:M::MZ::/bin/echo:")?;
+        fs::write(register, b":odd:M::odd::/bin/\xff:")?;
+        vm.register(RIVALS[0])?;
+        restore(vm)?;
+        ensure!(vm.launch() == "starts", "{}", vm.launch());
+        Ok(())
+    }),
     (
         "APE keeps its own files, wherever it was registered",
         |vm| {

@@ -260,6 +260,30 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         },
     },
     Scenario {
+        name: "a boot that ends in emergency mode, and poweroff from there",
+        play: |setting| {
+            let fstab = "/missing /mnt ext4 x-systemd.device-timeout=1 0 0\n";
+            let mine = setting.mine().file("/etc/fstab", fstab).boot()?;
+            let state = mine.run("systemctl is-system-running");
+            setting.vm.renew_interop()?;
+            setting.vm.register(":peerfmt:M::PEER::/bin/cat:")?;
+            mine.poweroff()?;
+            Ok(vec![
+                state.trim().to_owned(),
+                setting.entry("WSLInterop"),
+                setting.entry("peerfmt"),
+            ])
+        },
+        expect: Expect::Differs {
+            stock: &["maintenance", MISSING, "peerfmt: missing"],
+            ours: &[
+                "maintenance",
+                PF,
+                "peerfmt: enabled, interpreter /bin/cat, flags: ",
+            ],
+        },
+    },
+    Scenario {
         name: "ten distros that boot at once",
         play: |setting| {
             // A distro dies with the thread that booted it.

@@ -140,7 +140,7 @@ impl<'vm> Builder<'vm> {
         loop {
             // Until systemd listens, systemctl has no answer.
             let answer = distro.run("systemctl is-system-running --wait");
-            if ["running", "degraded"].contains(&answer.trim()) {
+            if ["running", "degraded", "maintenance"].contains(&answer.trim()) {
                 return Ok(distro);
             }
             if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
