@@ -217,22 +217,5 @@ fn show() -> anyhow::Result<bool> {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = wsl_vm::run_stage(play) {
-        return code;
-    }
-    if let Some(lack) = Machine::lacks() {
-        eprintln!("{lack}");
-        return ExitCode::FAILURE;
-    }
-    match show() {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            eprintln!("\nIt did not hold.");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    wsl_vm::run_show(play, show)
 }

@@ -25,6 +25,24 @@ pub enum Expect {
     Same(&'static [&'static str]),
 }
 
+/// What becomes of interop in a restart.
+const LOST_OR_KEPT: Expect = Expect::Differs {
+    stock: &[
+        "done: ",
+        ".exe afterwards: Exec format error",
+        "WSLInterop: missing",
+        "testfmt: enabled, interpreter /bin/cat, flags: F",
+        "systemd-binfmt active, system running",
+    ],
+    ours: &[
+        "done: ",
+        ".exe afterwards: starts",
+        "WSLInterop: enabled, interpreter /init, flags: PF",
+        "testfmt: enabled, interpreter /bin/cat, flags: F",
+        "systemd-binfmt active, system running",
+    ],
+};
+
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "boot with rules in binfmt.d",
@@ -52,22 +70,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "restart of systemd-binfmt",
         play: |setting| after(setting, "systemctl restart systemd-binfmt"),
-        expect: Expect::Differs {
-            stock: &[
-                "done: ",
-                ".exe afterwards: Exec format error",
-                "WSLInterop: missing",
-                "testfmt: enabled, interpreter /bin/cat, flags: F",
-                "systemd-binfmt active, system running",
-            ],
-            ours: &[
-                "done: ",
-                ".exe afterwards: starts",
-                "WSLInterop: enabled, interpreter /init, flags: PF",
-                "testfmt: enabled, interpreter /bin/cat, flags: F",
-                "systemd-binfmt active, system running",
-            ],
-        },
+        expect: LOST_OR_KEPT,
     },
     Scenario {
         name: "daemon-reload, then restart",
@@ -77,22 +80,7 @@ pub const SCENARIOS: &[Scenario] = &[
                 "systemctl daemon-reload && systemctl restart systemd-binfmt",
             )
         },
-        expect: Expect::Differs {
-            stock: &[
-                "done: ",
-                ".exe afterwards: Exec format error",
-                "WSLInterop: missing",
-                "testfmt: enabled, interpreter /bin/cat, flags: F",
-                "systemd-binfmt active, system running",
-            ],
-            ours: &[
-                "done: ",
-                ".exe afterwards: starts",
-                "WSLInterop: enabled, interpreter /init, flags: PF",
-                "testfmt: enabled, interpreter /bin/cat, flags: F",
-                "systemd-binfmt active, system running",
-            ],
-        },
+        expect: LOST_OR_KEPT,
     },
     Scenario {
         name: "stop of systemd-binfmt",

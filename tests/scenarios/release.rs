@@ -32,12 +32,7 @@ pub const RELEASE: &[Scenario] = &[
         name: "nothing is held after poweroff under WSL's own lock",
         play: |setting| on_a_disk(setting, Generation::Lock, ""),
         expect: Expect::Differs {
-            stock: &[
-                "qemu-aarch64: enabled, interpreter /usr/bin/qemu-aarch64-static, flags: POCF",
-                "supportfmt: enabled, interpreter /bin/cat, flags: F",
-                "after poweroff: WSLInterop peerfmt python3 qemu-aarch64 shared supportfmt",
-                "its disk: busy",
-            ],
+            stock: HELD,
             ours: OURS,
         },
     },
@@ -45,12 +40,7 @@ pub const RELEASE: &[Scenario] = &[
         name: "nothing is held after poweroff when a rule had failed",
         play: |setting| on_a_disk(setting, Generation::Lock, ":broken:M::BROKEN::/missing:F\n"),
         expect: Expect::Differs {
-            stock: &[
-                "qemu-aarch64: enabled, interpreter /usr/bin/qemu-aarch64-static, flags: POCF",
-                "supportfmt: enabled, interpreter /bin/cat, flags: F",
-                "after poweroff: WSLInterop peerfmt python3 qemu-aarch64 shared supportfmt",
-                "its disk: busy",
-            ],
+            stock: HELD,
             ours: OURS,
         },
     },
@@ -76,6 +66,14 @@ pub const RELEASE: &[Scenario] = &[
             ],
         },
     },
+];
+
+/// WSL's lock keeps all of it.
+const HELD: &[&str] = &[
+    "qemu-aarch64: enabled, interpreter /usr/bin/qemu-aarch64-static, flags: POCF",
+    "supportfmt: enabled, interpreter /bin/cat, flags: F",
+    "after poweroff: WSLInterop peerfmt python3 qemu-aarch64 shared supportfmt",
+    "its disk: busy",
 ];
 
 const OURS: &[&str] = &[

@@ -61,6 +61,27 @@ pub fn run_stage(play: impl FnOnce(&Vm, &[String]) -> anyhow::Result<()>) -> Opt
     })
 }
 
+/// The whole of a program that shows something: `play` is its part inside the VM, and `show`, on
+/// the machine, says whether it held.
+pub fn run_show(
+    play: impl FnOnce(&Vm, &[String]) -> anyhow::Result<()>,
+    show: impl FnOnce() -> anyhow::Result<bool>,
+) -> ExitCode {
+    if let Some(code) = run_stage(play) {
+        return code;
+    }
+    let held = match Machine::lacks() {
+        Some(lack) => Err(anyhow::anyhow!(lack)),
+        None => show(),
+    };
+    match held {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => eprintln!("\nIt did not hold."),
+        Err(error) => eprintln!("{error:#}"),
+    }
+    ExitCode::FAILURE
+}
+
 /// The project that is tested.
 pub fn project() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
