@@ -23,7 +23,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
             setting.vm.renew_interop()?;
             setting.vm.write("status", "-1")?;
             let first = settled(setting);
-            mine.run("pkill -KILL -f 'restore --watch'");
+            mine.run("systemctl kill --signal=KILL wsl-interop-restore");
             setting.vm.write("status", "-1")?;
             Ok(vec![first, settled(setting), state(&mine)])
         },

@@ -24,6 +24,8 @@ pub const TABLE: &str = "/proc/sys/fs/binfmt_misc";
 pub const WSL_INTEROP: &str = ":WSLInterop:M::MZ::/init:FP";
 /// A Windows program.
 const EXE: &str = "/vm/hello.exe";
+/// Another one, which rules for the extension `exe` do not take.
+const NO_EXTENSION: &str = "/vm/hello";
 
 /// The VM that this process runs in.
 pub struct Vm {
@@ -75,8 +77,10 @@ impl Vm {
         fs::copy(paths.init(), "/vm/init")?;
         fs::write("/init", "")?;
         mount("/vm/init", "/init", "bind", "")?;
-        fs::write(EXE, b"MZ\x90\0hello")?;
-        fs::set_permissions(EXE, fs::Permissions::from_mode(0o755))?;
+        for program in [EXE, NO_EXTENSION] {
+            fs::write(program, b"MZ\x90\0hello")?;
+            fs::set_permissions(program, fs::Permissions::from_mode(0o755))?;
+        }
 
         let vm = Vm { paths };
         vm.register(WSL_INTEROP)?;
@@ -238,7 +242,7 @@ impl Vm {
                 // Told to stop, it launches once more, and so sees how things were left.
                 let stop = told.load(Ordering::Relaxed);
                 // Some other interpreter may end well, too.
-                let printed = Command::new(EXE).stdin(Stdio::null()).output();
+                let printed = Command::new(NO_EXTENSION).stdin(Stdio::null()).output();
                 if printed.is_ok_and(|o| o.stdout.starts_with(b"INTEROP")) {
                     launches.started += 1;
                     launches.longest_gap = launches.longest_gap.max(last.elapsed());
