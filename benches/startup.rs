@@ -50,7 +50,7 @@ fn main() {
         ),
         generator("not WSL, systemd is silent", "20-native-linux", "", &early),
         generator(
-            "WSL2, six files written",
+            "WSL2, everything written",
             "01-wsl2",
             "container:wsl",
             &early,

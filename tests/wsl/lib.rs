@@ -2,6 +2,7 @@
 //! touched.
 //!
 //! - `machine.rs`, outside: what a VM is made of, and starting one
+//! - `cgroup.rs`: what holds a VM's processes, and ends them
 //! - `debian.rs`: the Debian trees that distros boot from
 //! - `vm.rs`, inside: the table, launching an `.exe`, the hammer
 //! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
@@ -16,6 +17,7 @@
 //! crate calls `run_stage` first of all: it is itself started again as the VM's process, and
 //! from there as each distro's first one.
 
+mod cgroup;
 mod debian;
 mod distro;
 mod generation;

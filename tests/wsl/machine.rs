@@ -4,13 +4,13 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
 
+use super::cgroup::{self, Cgroup};
 use super::{debian, project, VM_STAGE};
 
 /// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
@@ -106,7 +106,7 @@ impl Machine {
             }
             anyhow::Ok(())
         })?;
-        remove_cgroups_of_the_dead()?;
+        cgroup::remove_those_of_the_dead()?;
         Ok(Machine { directory })
     }
 
@@ -213,81 +213,6 @@ fn as_machine(vm: u32, command: &str) -> anyhow::Result<String> {
         .output()
         .context("entering the VM")?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// A cgroup for everything in one VM; dropped, nothing of it is left.
-struct Cgroup {
-    path: PathBuf,
-}
-
-impl Cgroup {
-    fn new() -> anyhow::Result<Cgroup> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("wsl-vm-{}-{number}", std::process::id());
-        let path = hierarchy()?.join(name);
-        fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
-        Ok(Cgroup { path })
-    }
-
-    fn add(&self, child: &Child) -> anyhow::Result<()> {
-        fs::write(self.path.join("cgroup.procs"), child.id().to_string())
-            .with_context(|| format!("moving the VM to {}", self.path.display()))
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        if let Err(error) = remove_cgroup(&self.path) {
-            eprintln!("removing {}: {error:#}", self.path.display());
-        }
-    }
-}
-
-/// Where cgroups of version 2 are: on a hybrid machine not at the top.
-fn hierarchy() -> anyhow::Result<&'static Path> {
-    ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-        .map(Path::new)
-        .into_iter()
-        .find(|path| path.join("cgroup.procs").exists())
-        .context("no cgroup2 file system below /sys/fs/cgroup")
-}
-
-/// Kills what is in a cgroup and below, and removes it.
-fn remove_cgroup(path: &Path) -> anyhow::Result<()> {
-    fs::write(path.join("cgroup.kill"), "1").context("killing what is in it")?;
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while let Err(error) = remove_directories(path) {
-        // The dead leave a moment later.
-        ensure!(Instant::now() < deadline, "{error}");
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
-fn remove_directories(path: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_directories(&entry.path())?;
-        }
-    }
-    fs::remove_dir(path)
-}
-
-/// Takes away what a run that was killed has left.
-fn remove_cgroups_of_the_dead() -> anyhow::Result<()> {
-    for entry in fs::read_dir(hierarchy()?)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let owner = name
-            .to_str()
-            .and_then(|name| name.strip_prefix("wsl-vm-")?.split('-').next());
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            remove_cgroup(&entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// target/, which the running test or example lies two levels below.
