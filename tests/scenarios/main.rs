@@ -32,7 +32,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (release::RELEASE, &["bookworm", "trixie"]),
     (packages::SCENARIOS, packages::SUITES),
     (soft_spots::SOFT_SPOTS, &["trixie"]),
-    (soft_spots::SOFT_REBOOT, &["trixie"]),
+    (soft_spots::SOFT_REBOOT, &["trixie", "forky"]),
 ];
 
 /// Tests in a VM, in which they boot distros or none.

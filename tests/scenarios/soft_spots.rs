@@ -374,7 +374,7 @@ pub const SOFT_REBOOT: &[Scenario] = &[Scenario {
         let boot =
             |mine: &Distro| mine.run("systemctl show --property=UserspaceTimestampMonotonic");
         let before = boot(&mine);
-        mine.run("systemctl soft-reboot");
+        mine.run("systemctl --no-block soft-reboot");
         let start = Instant::now();
         while boot(&mine) == before || !state(&mine).ends_with("running") {
             let up = start.elapsed() < Duration::from_secs(60);
