@@ -401,9 +401,9 @@ pub const SOFT_REBOOT: &[Scenario] = &[Scenario {
     },
 }];
 
-/// One of many, with a rule of its own. Python's, which all would have, is left out: two of
-/// systemd-binfmt that register the same name in the same instant meet with "File exists", also
-/// without us.
+/// One of many, with a rule of its own. Python's, which all would have, is left out: where two of
+/// systemd-binfmt register the same name in the same instant, one fails with "File exists", which
+/// README.md tells as what remains.
 fn ten_of(setting: &Setting, n: u32) -> anyhow::Result<Distro> {
     setting
         .vm
