@@ -31,6 +31,27 @@ pub const BINFMT_D: [&str; 5] = [
     "/usr/lib/binfmt.d",
     "/lib/binfmt.d",
 ];
+/// The formats of update-binfmts(8), a file each.
+pub const FORMATS: &str = "/var/lib/binfmts";
+/// Where systemd looks for generators (systemd.generator(7)), the first counting most. The last
+/// one is Debian's before /usr was merged.
+pub const GENERATORS: [&str; 5] = [
+    "/run/systemd/system-generators",
+    "/etc/systemd/system-generators",
+    "/usr/local/lib/systemd/system-generators",
+    "/usr/lib/systemd/system-generators",
+    "/lib/systemd/system-generators",
+];
+/// Where our generator writes when systemd runs it.
+pub const EARLY: &str = "/run/systemd/generator.early";
+/// There while systemd runs (sd_booted(3)).
+pub const SYSTEMD: &str = "/run/systemd/system";
+/// PID 1 itself, for root only; and the bus, on which it answers everybody.
+pub const SYSTEMD_SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
+/// Where WSL makes the sockets through which Windows programs start.
+pub const INTEROP_SOCKETS: &str = "/run/WSL";
+/// All sockets that have a path, proc_net(5).
+pub const UNIX_SOCKETS: &str = "/proc/net/unix";
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
 /// The mounts of this process's namespace, proc_pid_mounts(5).
@@ -38,7 +59,7 @@ pub const MOUNTS: &str = "/proc/self/mounts";
 /// WSL's own generator, a link to /init that it makes before systemd starts.
 const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
 /// Units and drop-ins of the admin, and of the vendor.
-const LOCAL_UNITS: [&str; 3] = [
+pub const LOCAL_UNITS: [&str; 3] = [
     "/etc/systemd/system",
     "/run/systemd/system",
     "/usr/local/lib/systemd/system",
@@ -49,6 +70,12 @@ pub const KMSG: &str = "/dev/kmsg";
 
 const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
 const PID1_ENVIRONMENT: &str = "/proc/1/environ";
+/// What systemd as PID 1 has found in its `container=`.
+const PID1_CONTAINER: &str = "/run/systemd/container";
+/// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
+const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
+/// The command that packages install beside the generator.
+const COMMAND: &str = "/usr/bin/wsl-binfmt";
 const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// What Docker, Podman and systemd's container interface leave in a container.
 const CONTAINER_MARKERS: [&str; 3] = [
@@ -57,10 +84,11 @@ const CONTAINER_MARKERS: [&str; 3] = [
     "/run/host/container-manager",
 ];
 
-/// No file that is read here is longer than this, in bytes.
+/// Of a longer file no more than this is read, in bytes.
 const READ_LIMIT: u64 = 1 << 20;
 
 /// The root directory below which every path lies.
+#[derive(Clone)]
 pub struct Host {
     root: Utf8PathBuf,
 }
@@ -146,17 +174,74 @@ impl Host {
             initrd_release: self.path(INITRD_RELEASE).exists(),
             osrelease: self.text(OSRELEASE).trim().to_owned(),
             pid1_container: self
-                .text(PID1_ENVIRONMENT)
-                .split('\0')
-                .find_map(|v| v.strip_prefix("container=").map(str::to_owned)),
+                .pid1_variable("container")
+                // Its environment is for root.
+                .unwrap_or_else(|_| Some(self.text(PID1_CONTAINER).trim().to_owned())),
             container_marker: CONTAINER_MARKERS.iter().any(|m| self.path(m).exists()),
             init_executable: self.is_executable(INIT),
             guarded: self.path(GUARD_FILE).exists(),
         }
     }
 
+    /// A variable of PID 1's environment, which WSL has set.
+    ///
+    /// # Errors
+    /// The environment cannot be read; only root may.
+    pub fn pid1_variable(&self, name: &str) -> io::Result<Option<String>> {
+        let environment = self.read(PID1_ENVIRONMENT)?;
+        let environment = String::from_utf8_lossy(&environment);
+        let value = |variable: &str| {
+            variable
+                .strip_prefix(name)?
+                .strip_prefix('=')
+                .map(str::to_owned)
+        };
+        Ok(environment.split('\0').find_map(value))
+    }
+
+    /// The mounts of the distro as mountinfo has them. Shells may have others than systemd, and it
+    /// is systemd's that count.
+    pub fn mount_info(&self) -> io::Result<String> {
+        let [distro, own] = MOUNT_INFOS;
+        let bytes = self.read(distro).or_else(|_| self.read(own))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The processes that this one descends from, the nearest first.
+    pub fn ancestors(&self) -> Vec<u32> {
+        let parent = |of: &u32| {
+            let status = self.text(&format!("/proc/{of}/status"));
+            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+            parent.trim().parse().ok().filter(|pid| *pid != 0)
+        };
+        let own = std::os::unix::process::parent_id();
+        std::iter::successors(Some(own).filter(|pid| *pid != 0), parent)
+            .take(64)
+            .collect()
+    }
+
+    /// The names in a directory, sorted; none if it cannot be read.
+    pub fn names(&self, absolute: &str) -> Vec<String> {
+        let entries = self.path(absolute).read_dir_utf8();
+        let entries = entries.into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries.map(|e| e.file_name().to_owned()).collect();
+        names.sort();
+        names
+    }
+
+    /// How this program is called by somebody who types.
+    pub fn command(&self) -> String {
+        match executable() {
+            Ok(path) if fs::canonicalize(self.path(COMMAND)).is_ok_and(|c| c == path) => {
+                "wsl-binfmt".to_owned()
+            }
+            Ok(path) => path.into_string(),
+            Err(_) => env!("CARGO_PKG_NAME").to_owned(),
+        }
+    }
+
     /// A file's text, empty where it cannot be read: for facts that are then simply unknown.
-    fn text(&self, absolute: &str) -> String {
+    pub fn text(&self, absolute: &str) -> String {
         self.read(absolute)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
@@ -206,6 +291,6 @@ pub fn service_result() -> Option<String> {
 }
 
 /// An environment variable; what is not UTF-8 in it can only be a value that we do not know.
-fn variable(name: &str) -> Option<String> {
+pub fn variable(name: &str) -> Option<String> {
     std::env::var_os(name).map(|v| v.to_string_lossy().into_owned())
 }

@@ -20,16 +20,19 @@
     allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod binfmt_d;
 mod host;
 mod log;
+mod mounts;
 mod plan;
 mod registry;
+mod systemd;
 mod units;
 mod verbs;
 mod wsl;
 mod wsl_conf;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use camino::Utf8PathBuf;
@@ -39,6 +42,7 @@ use crate::log::Log;
 
 const HELP: &str = "\
 Usage: wsl-binfmt-generator NORMAL EARLY LATE
+       wsl-binfmt status [--json]
        wsl-binfmt restore [--watch] | guard | release [--remember]
        wsl-binfmt --help | --version
 
@@ -47,6 +51,8 @@ directories; the units that it writes into EARLY call its verbs.
 
   NORMAL EARLY LATE  generate units and drop-ins into EARLY; with a single
                      directory, into that one
+  status             say what is wrong with Windows interop, and what mends it
+    --json           the same for scripts
   restore            make the WSLInterop entry stand in binfmt_misc
     --watch          stay, and keep it standing
   guard              bind a read-only file over the status file of binfmt_misc,
@@ -60,7 +66,10 @@ Environment:
   WSL_BINFMT_ROOT    directory put before every absolute path that is read or
                      written (for tests; the arguments are taken as they are)
 
-Exit status: 0 done or nothing to do, 1 failed, 2 wrong usage.
+  NO_COLOR           status without colours, if it is not empty
+
+Exit status: 0 done or nothing to do, 1 failed (status: something is wrong),
+2 wrong usage.
 See also: man 8 wsl-binfmt-generator
 ";
 
@@ -71,6 +80,7 @@ enum Action {
     Restore { watch: bool },
     Guard,
     Release { remember: bool },
+    Status { json: bool },
     Help,
     Version,
 }
@@ -90,11 +100,14 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
         ["guard"] => Ok(Action::Guard),
         ["release"] => Ok(Action::Release { remember: false }),
         ["release", "--remember"] => Ok(Action::Release { remember: true }),
+        ["status"] => Ok(Action::Status { json: false }),
+        ["status", "--json"] => Ok(Action::Status { json: true }),
         ["-h" | "--help"] => Ok(Action::Help),
         ["-V" | "--version"] => Ok(Action::Version),
         ["restore", "--watch", extra, ..]
         | ["release", "--remember", extra, ..]
-        | ["restore" | "guard" | "release" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
+        | ["status", "--json", extra, ..]
+        | ["restore" | "guard" | "release" | "status" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
             Err(format!("unexpected argument '{extra}'"))
         }
         [] => Err("no arguments: one or three directories, or a verb, are needed".to_owned()),
@@ -111,6 +124,15 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
 /// Prints to standard output; a reader that has gone away is no error of ours.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Whether standard output is a terminal that shows colours to somebody who wants them
+/// (no-color.org).
+fn wants_colour() -> bool {
+    let is_set = |value: Option<String>| value.is_some_and(|v| !v.is_empty());
+    std::io::stdout().is_terminal()
+        && !is_set(host::variable("NO_COLOR"))
+        && host::variable("TERM").is_some_and(|term| term != "dumb")
 }
 
 fn main() -> ExitCode {
@@ -137,6 +159,14 @@ fn main() -> ExitCode {
                 "\n"
             ));
             return ExitCode::SUCCESS;
+        }
+        Ok(Action::Status { json }) => {
+            let (text, healthy) = verbs::status::status(&host, json, wants_colour());
+            print(&text);
+            return match healthy {
+                true => ExitCode::SUCCESS,
+                false => ExitCode::FAILURE,
+            };
         }
         Ok(Action::Generate { early }) => {
             let log = Log::of_generator(&host);
@@ -200,6 +230,9 @@ mod tests {
         let release = |remember| Ok(Action::Release { remember });
         assert_eq!(parsed(&["release"]), release(false));
         assert_eq!(parsed(&["release", "--remember"]), release(true));
+        let status = |json| Ok(Action::Status { json });
+        assert_eq!(parsed(&["status"]), status(false));
+        assert_eq!(parsed(&["status", "--json"]), status(true));
         assert_eq!(parsed(&["-h"]), Ok(Action::Help));
         assert_eq!(parsed(&["--help"]), Ok(Action::Help));
         assert_eq!(parsed(&["-V"]), Ok(Action::Version));
@@ -216,7 +249,9 @@ mod tests {
             &["restore", "--wait"],
             &["guard", "/x"],
             &["release", "/x"],
-            &["status"],
+            &["status", "/x"],
+            &["status", "--json", "/x"],
+            &["--json"],
         ] {
             assert!(parsed(wrong).is_err(), "{wrong:?}");
         }

@@ -34,7 +34,7 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> Vec<Error> {
 }
 
 /// A template with its placeholders filled in.
-fn fill(template: &str, exe: &Utf8Path, interop: bool) -> String {
+pub fn fill(template: &str, exe: &Utf8Path, interop: bool) -> String {
     let mut text = String::with_capacity(template.len());
     for line in template.lines() {
         let line = match line.strip_prefix("@INTEROP@") {

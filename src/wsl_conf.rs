@@ -15,7 +15,13 @@ pub struct WslConf {
     pub interop_enabled: bool,
     /// The line, from 1, at which WSL stops reading.
     pub refused_line: Option<usize>,
+    /// Whether it is so long that not all of it was read.
+    pub cut: bool,
 }
+
+/// WSL reads files of any length. Whatever is longer than this, in bytes, is none that somebody has
+/// written, and must not hold up a boot.
+const LONGEST: usize = 64 << 10;
 
 impl Default for WslConf {
     fn default() -> WslConf {
@@ -23,6 +29,7 @@ impl Default for WslConf {
             protect_binfmt: true,
             interop_enabled: true,
             refused_line: None,
+            cut: false,
         }
     }
 }
@@ -33,7 +40,8 @@ impl Default for WslConf {
 /// # Errors
 /// rust-ini refuses what `accept` has made, which would be a defect here.
 pub fn parse(bytes: &[u8]) -> anyhow::Result<WslConf> {
-    let accepted = accept(bytes);
+    let lines = whole_lines(bytes);
+    let accepted = accept(lines);
     let spelled_out = ParseOption {
         enabled_quote: true,
         enabled_escape: true,
@@ -44,7 +52,20 @@ pub fn parse(bytes: &[u8]) -> anyhow::Result<WslConf> {
         protect_binfmt: boolean(&ini, "boot", "protectBinfmt").unwrap_or(true),
         interop_enabled: boolean(&ini, "interop", "enabled").unwrap_or(true),
         refused_line: accepted.refused_line,
+        cut: lines.len() < bytes.len(),
     })
+}
+
+/// As many lines as are read of a file.
+fn whole_lines(bytes: &[u8]) -> &[u8] {
+    let Some(start) = bytes.get(..LONGEST) else {
+        return bytes;
+    };
+    let end = start
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |end| end + 1);
+    start.get(..end).unwrap_or_default()
 }
 
 /// The first value of a setting, if it is a boolean: a later one does not count, even where the
@@ -278,6 +299,24 @@ mod tests {
         assert!(!conf.unwrap().protect_binfmt);
         let conf = parse(b"[boot]\nprotectBinfmt=0\n\xff\n").unwrap();
         assert_eq!((conf.protect_binfmt, conf.refused_line), (false, Some(3)));
+    }
+
+    #[test]
+    fn of_a_file_that_is_too_long_whole_lines_are_read() {
+        let setting = "[boot]\nprotectBinfmt=false\n";
+        let filler = |length| "#".repeat(length - 1) + "\n";
+        let protects = |text: String| {
+            let conf = parse(text.as_bytes()).unwrap();
+            (conf.protect_binfmt, conf.cut)
+        };
+        assert_eq!(protects(setting.to_owned()), (false, false));
+        assert_eq!(
+            protects(setting.to_owned() + &filler(LONGEST)),
+            (false, true)
+        );
+        // Half of the value would be another one.
+        assert_eq!(protects(filler(LONGEST - 25) + setting), (true, true));
+        assert_eq!(protects("x".repeat(LONGEST + 1)), (true, true));
     }
 
     /// A thousand texts from the characters that mean something, from a fixed seed: whatever WSL

@@ -15,7 +15,7 @@ fn the_oldest_supported_rust_builds_it_from_vendored_crates() -> anyhow::Result<
         ensure!(std::env::var_os("CI").is_none(), "{lack}");
         return Ok(());
     }
-    require("mmdebstrap")?;
+    require("mmdebstrap", "mmdebstrap")?;
     let trees = target_directory()?.join("wsl-vm/rust");
     let tree = tree(&trees, "trixie", "cargo,rustc")?;
 

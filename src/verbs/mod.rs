@@ -4,4 +4,5 @@ pub mod generate;
 pub mod guard;
 pub mod release;
 pub mod restore;
+pub mod status;
 pub mod watch;

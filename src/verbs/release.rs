@@ -2,13 +2,13 @@
 //! in the table of the VM, and with `F` pin the distro's file system there, when it stops. Only
 //! that: a peer may since have registered the same names, which shows in their inodes.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 
 use anyhow::Context;
 
-use crate::host::{Host, BINFMT_D, REGISTERED};
+use crate::binfmt_d;
+use crate::host::{Host, REGISTERED};
 use crate::registry::Table;
 use crate::verbs::restore::NAME;
 
@@ -45,57 +45,10 @@ pub fn remember(host: &Host, service_result: Option<&str>) -> anyhow::Result<()>
         return Ok(());
     }
     let table = Table::open(host)?;
-    let remembered: String = rule_names(host)
+    let remembered: String = binfmt_d::rules(host)
         .iter()
-        .filter(|name| *name != NAME)
-        .filter_map(|name| Some(format!("{} {name}\n", table.inode(name)?)))
+        .filter(|rule| rule.name != NAME)
+        .filter_map(|rule| Some(format!("{} {}\n", table.inode(&rule.name)?, rule.name)))
         .collect();
     host.write(REGISTERED, &remembered)
-}
-
-/// The names of all rules in binfmt.d(5). Of files with one name that in the first directory
-/// counts; what cannot be read, systemd-binfmt could not read either.
-fn rule_names(host: &Host) -> Vec<String> {
-    let mut files = BTreeMap::new();
-    for directory in BINFMT_D {
-        let listed = host.path(directory).read_dir_utf8();
-        for entry in listed.into_iter().flatten().flatten() {
-            let name = entry.file_name().to_owned();
-            if name.ends_with(".conf") {
-                files
-                    .entry(name)
-                    .or_insert_with_key(|name| format!("{directory}/{name}"));
-            }
-        }
-    }
-    files
-        .values()
-        .filter_map(|path| host.read(path).ok())
-        .flat_map(|bytes| rules(&String::from_utf8_lossy(&bytes)))
-        .collect()
-}
-
-/// The names of the rules in one file.
-fn rules(text: &str) -> Vec<String> {
-    let name = |line: &str| {
-        let mut rule = line.trim().chars();
-        let between = rule.next().filter(|c| !"#;".contains(*c))?;
-        let name = rule.as_str().split(between).next()?;
-        // The kernel takes no other names, and a path must not lead out of the table.
-        let valid = !["", ".", "..", "register", "status"].contains(&name) && !name.contains('/');
-        valid.then(|| name.to_owned())
-    };
-    text.lines().filter_map(name).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rules_are_named_in_their_first_field() {
-        let text = "# :no:M::x::/x:\n; :no:M::x::/x:\n\n:a:M::x::/x:\n  |b:c|M||x||/x|\n:d\n";
-        assert_eq!(rules(text), ["a", "b:c", "d"]);
-        assert!(rules("::M::x::/x:\n:../x:M::x::/x:\n:status:M::x::/x:\n:").is_empty());
-    }
 }

@@ -11,11 +11,11 @@ pub const NAME: &str = "WSLInterop";
 /// Holds the place while `WSLInterop` is registered anew.
 const PLACEHOLDER: &str = "WSLInterop-next";
 /// What WSL before 2.6.2 registers beside it.
-const LATE: &str = "WSLInterop-late";
+pub const LATE: &str = "WSLInterop-late";
 
 /// The entry as WSL registers it for the VM. `P`: /init needs the program as it was called; `F`:
 /// it works in chroots and containers, too.
-fn wanted() -> Entry {
+pub fn wanted() -> Entry {
     Entry {
         enabled: true,
         interpreter: INIT.to_owned(),
@@ -123,29 +123,40 @@ fn require_init(host: &Host) -> anyhow::Result<()> {
 
 /// Refuses an entry of our name that somebody has made something else.
 fn require_ours(entry: &Entry) -> anyhow::Result<()> {
+    match fault(entry) {
+        Some(fault) => bail!("{NAME} {fault}: somebody made it so, left alone"),
+        None => Ok(()),
+    }
+}
+
+/// What somebody has made of our entry, in words, if it is not ours to touch.
+pub fn fault(entry: &Entry) -> Option<String> {
     let wanted = wanted();
-    let fault = if entry.interpreter != wanted.interpreter {
-        format!("runs {}, not {INIT}", entry.interpreter)
+    if entry.interpreter != wanted.interpreter {
+        Some(format!("runs {}, not {INIT}", entry.interpreter))
     } else if entry.pattern != wanted.pattern {
-        "is not for the magic MZ".to_owned()
+        Some("is not for the magic MZ".to_owned())
     } else if !entry.enabled {
-        "is disabled".to_owned()
+        Some("is disabled".to_owned())
     } else {
-        return Ok(());
-    };
-    bail!("{NAME} {fault}: somebody made it so, left alone")
+        None
+    }
 }
 
 /// The other entries that have to do with Windows programs and stand in the wrong place.
-struct Others {
+pub struct Others {
     /// Ahead of ours, and claiming as much.
-    shadows: Vec<String>,
+    pub shadows: Vec<String>,
     /// Behind ours, and claiming more; the one that is to come first is the last.
-    shadowed: Vec<(String, Entry)>,
+    pub shadowed: Vec<(String, Entry)>,
 }
 
 impl Others {
-    fn of(table: &Table, host: &Host) -> anyhow::Result<Others> {
+    /// Finds them.
+    ///
+    /// # Errors
+    /// The table cannot be listed.
+    pub fn of(table: &Table, host: &Host) -> anyhow::Result<Others> {
         let mut others = Others {
             shadows: Vec::new(),
             shadowed: Vec::new(),

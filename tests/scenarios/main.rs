@@ -8,6 +8,7 @@ mod packages;
 mod promises;
 mod release;
 mod soft_spots;
+mod status;
 mod verbs;
 mod watch;
 
@@ -36,7 +37,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
 ];
 
 /// Tests in a VM, in which they boot distros or none.
-const TESTS: &[&[Test]] = &[verbs::VERBS, order::ORDER, watch::WATCH];
+const TESTS: &[&[Test]] = &[verbs::VERBS, order::ORDER, watch::WATCH, status::STATUS];
 
 fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static [&'static str])> {
     let of_a_list = |&(scenarios, suites): &(&'static [Scenario], _)| {
@@ -131,6 +132,7 @@ fn main() -> ExitCode {
     }
     let prepared = Machine::prepare(SUITES).and_then(|machine| {
         wsl_vm::download_packages(packages::SUITES)?;
+        wsl_vm::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
     });
     let machine: &'static Machine = match prepared {

@@ -38,10 +38,10 @@ pub fn tree(directory: &Path, suite: &str, packages: &str) -> anyhow::Result<Pat
     Ok(tree)
 }
 
-/// Installs a Debian package on this machine, unless its program of the same name is there.
-pub fn require(package: &str) -> anyhow::Result<()> {
+/// Installs a Debian package on this machine, unless its program is there.
+pub fn require(program: &str, package: &str) -> anyhow::Result<()> {
     let found = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-        .any(|directory| directory.join(package).exists());
+        .any(|directory| directory.join(program).exists());
     if found {
         return Ok(());
     }
@@ -58,8 +58,8 @@ pub fn require(package: &str) -> anyhow::Result<()> {
     apt(&["install", "-y", "--no-install-recommends", package])
         .with_context(|| format!("installing {package}"))?;
     ensure!(
-        Path::new("/usr/bin").join(package).exists(),
-        "{package} installed no program of its name"
+        Path::new("/usr/bin").join(program).exists(),
+        "{package} installed no {program}"
     );
     Ok(())
 }

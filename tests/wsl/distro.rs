@@ -9,6 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 
 use super::generation::Generation;
 use super::vm::{Vm, TABLE};
@@ -198,6 +200,10 @@ impl<'vm> Builder<'vm> {
             ))?;
             fs::copy(self.vm.paths.generator(), &program)?;
             fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+            symlink(
+                format!("{usr}/lib/systemd/system-generators/wsl-binfmt-generator"),
+                inside("/usr/bin/wsl-binfmt")?,
+            )?;
             let page = "wsl-binfmt-generator.8";
             fs::copy(
                 project().join("man").join(page),
@@ -237,6 +243,32 @@ impl Distro {
             }
             Err(error) => error.to_string(),
         }
+    }
+
+    /// Stops its systemd from doing anything.
+    pub fn freeze(&self) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(self.pid.parse()?);
+        kill(pid, Signal::SIGSTOP).with_context(|| format!("stopping the PID 1 of {}", self.name))
+    }
+
+    /// Mounts an automount point on a path, of which whoever made it serves none that comes.
+    pub fn dead_automount(&self, vm: &Vm, path: &str) -> anyhow::Result<()> {
+        let mount = format!(
+            "nsenter -t {pid} -m -r mount -i -t autofs dead {path} \
+             -o fd=1,pgrp=1,minproto=5,maxproto=5,direct",
+            pid = self.pid
+        );
+        // What asks for something is written to the pipe, and never read.
+        vm.as_machine(&format!(
+            "({mount} | sleep 60) </dev/null >/dev/null 2>&1 &"
+        ))?;
+        let mounts = format!("/proc/{}/mountinfo", self.pid);
+        let deadline = Instant::now() + TIMEOUT;
+        while !fs::read_to_string(&mounts)?.contains(" - autofs dead ") {
+            ensure!(Instant::now() < deadline, "no automount on {path}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     /// Registers a rule, through the distro's own mount.

@@ -93,7 +93,7 @@ impl Machine {
         let trees = directory.join("trees");
         thread::scope(|scope| {
             for program in ["mmdebstrap", "strace"] {
-                debian::require(program)?;
+                debian::require(program, program)?;
             }
             let making: Vec<_> = suites
                 .iter()

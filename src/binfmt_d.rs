@@ -1,0 +1,86 @@
+//! The rules that systemd-binfmt registers: binfmt.d(5).
+
+use std::collections::BTreeMap;
+
+use crate::host::{Host, BINFMT_D};
+
+/// One rule, as far as anybody here asks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rule {
+    /// The name of its entry.
+    pub name: String,
+    /// The program that is run.
+    pub interpreter: String,
+    /// `P`, `O`, `C` and `F`, in whatever order.
+    pub flags: String,
+    /// The file that it is in.
+    pub path: String,
+}
+
+/// All rules in use. Of files with one name that in the first directory counts; what cannot be
+/// read, systemd-binfmt could not read either.
+pub fn rules(host: &Host) -> Vec<Rule> {
+    let mut files = BTreeMap::new();
+    for directory in BINFMT_D {
+        for name in host.names(directory) {
+            if name.ends_with(".conf") {
+                files
+                    .entry(name)
+                    .or_insert_with_key(|name| format!("{directory}/{name}"));
+            }
+        }
+    }
+    files
+        .values()
+        .flat_map(|path| parse(&host.text(path), path))
+        .collect()
+}
+
+/// The rules in one file.
+fn parse(text: &str, path: &str) -> Vec<Rule> {
+    let rule = |line: &str| {
+        let mut characters = line.trim().chars();
+        let between = characters.next().filter(|c| !"#;".contains(*c))?;
+        let fields: Vec<&str> = characters.as_str().split(between).collect();
+        let field = |at: usize| fields.get(at).copied().unwrap_or_default().to_owned();
+        let name = field(0);
+        // The kernel takes no other names, and a path must not lead out of the table.
+        let valid =
+            !["", ".", "..", "register", "status"].contains(&name.as_str()) && !name.contains('/');
+        valid.then(|| Rule {
+            name,
+            interpreter: field(5),
+            flags: field(6),
+            path: path.to_owned(),
+        })
+    };
+    text.lines().filter_map(rule).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(text: &str) -> Vec<String> {
+        parse(text, "x").into_iter().map(|rule| rule.name).collect()
+    }
+
+    #[test]
+    fn rules_are_named_in_their_first_field() {
+        let text = "# :no:M::x::/x:\n; :no:M::x::/x:\n\n:a:M::x::/x:\n  |b:c|M||x||/x|\n:d\n";
+        assert_eq!(names(text), ["a", "b:c", "d"]);
+        assert!(names("::M::x::/x:\n:../x:M::x::/x:\n:status:M::x::/x:\n:").is_empty());
+    }
+
+    #[test]
+    fn interpreter_and_flags_are_the_last_two_fields() {
+        let rules = parse(",WSLInterop,M,,MZ,,/in:it,PF\n", "/etc/binfmt.d/a.conf");
+        let rule = Rule {
+            name: "WSLInterop".to_owned(),
+            interpreter: "/in:it".to_owned(),
+            flags: "PF".to_owned(),
+            path: "/etc/binfmt.d/a.conf".to_owned(),
+        };
+        assert_eq!(rules, [rule]);
+    }
+}

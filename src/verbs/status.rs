@@ -1,0 +1,232 @@
+//! `status`: what is wrong with Windows interop here, and what to do about it. Each check looks at
+//! one thing and changes nothing. Whatever a check meets, it is given up in time: a file system or a
+//! service that does not answer makes its findings unknown and holds up nobody.
+
+mod generator;
+mod interop;
+mod leftovers;
+mod report;
+mod services;
+mod table;
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::host::{Host, SYSTEMD, WSL_CONF};
+use crate::verbs::generate::{self, Decision};
+use crate::wsl::{self, Environment, Verdict};
+use report::{Finding, Harm, Mend, Report};
+
+/// How long the checks may take together.
+const PATIENCE: Duration = Duration::from_millis(44);
+/// How much of that wsl.conf may take, on which other checks depend, and systemd.
+const PATIENCE_WITH_WSL_CONF: Duration = Duration::from_millis(15);
+const PATIENCE_WITH_SYSTEMD: Duration = Duration::from_millis(30);
+
+/// What the distro wants, by its wsl.conf. What it does not want is no fault.
+#[derive(Clone, Copy)]
+struct Wanted {
+    /// Its interop, and the others', protected.
+    protect: bool,
+    /// Windows programs to start.
+    interop: bool,
+}
+
+impl Wanted {
+    /// Something that keeps Windows programs from starting.
+    fn interop(&self, check: &'static str, harm: Harm, found: String, mend: Mend) -> Finding {
+        match self.interop {
+            true => Finding::bad(check, harm, found, mend),
+            false => Finding::note(check, found),
+        }
+    }
+
+    /// Something that protects no longer.
+    fn protection(&self, check: &'static str, harm: Harm, found: String, mend: Mend) -> Finding {
+        match self.protect {
+            true => Finding::bad(check, harm, found, mend),
+            false => Finding::note(check, found),
+        }
+    }
+}
+
+/// Examines the machine. Returns what is to be printed, and whether all is well.
+pub fn status(host: &Host, json: bool, coloured: bool) -> (String, bool) {
+    let report = examine(host);
+    let text = match json {
+        true => report.json(),
+        false => report.text(coloured),
+    };
+    (text, report.healthy)
+}
+
+fn examine(host: &Host) -> Report {
+    let start = Instant::now();
+    let deadline = start + PATIENCE;
+    // The variables of a generator are not those of a shell.
+    let verdict = |host: &Host| wsl::verdict(&Environment::default(), || host.files());
+    let verdict = Pending::start(host, verdict);
+    let decision = Pending::start(host, generate::decide);
+    match verdict.result(deadline) {
+        Some(Verdict::Wsl2) => {}
+        Some(Verdict::NoInit) => return Report::of(vec![without_init()], true),
+        Some(elsewhere) => return report_elsewhere(&elsewhere),
+        None => return Report::of(vec![too_slow("platform")], true),
+    }
+    let decision = decision.result(start + PATIENCE_WITH_WSL_CONF);
+    let wanted = Wanted {
+        protect: decision.as_ref().is_none_or(|d| d.conf.protect_binfmt),
+        interop: decision.as_ref().is_none_or(|d| d.conf.interop_enabled),
+    };
+    let mut findings = vec![platform(host)];
+    findings.extend(match &decision {
+        Some(decision) => wsl_conf(host, decision),
+        None => vec![too_slow("wsl.conf")],
+    });
+    let plan = decision.map(|decision| decision.plan).unwrap_or_default();
+    let systemd_runs = host.path(SYSTEMD).exists();
+    // In the order in which what mends them is to be done.
+    let pending = [
+        (
+            "generator",
+            Pending::start(host, move |host| match systemd_runs {
+                true => generator::check(host, &wanted, &plan),
+                false => vec![without_systemd(&wanted)],
+            }),
+        ),
+        (
+            "binfmt_misc",
+            Pending::start(host, move |host| table::check(host, &wanted)),
+        ),
+        (
+            "systemd",
+            Pending::start(host, move |host| match systemd_runs {
+                true => services::check(host, &wanted, start + PATIENCE_WITH_SYSTEMD),
+                false => Vec::new(),
+            }),
+        ),
+        ("leftovers", Pending::start(host, leftovers::check)),
+        (
+            "WSL_INTEROP",
+            Pending::start(host, move |host| interop::check(host, &wanted)),
+        ),
+    ];
+    for (name, pending) in pending {
+        let found = pending.result(deadline);
+        findings.extend(found.unwrap_or_else(|| vec![too_slow(name)]));
+    }
+    Report::of(findings, wanted.interop)
+}
+
+/// Something that is being looked at, in a thread that is left behind if it takes too long.
+struct Pending<T>(Arc<(Mutex<Option<T>>, Condvar)>);
+
+impl<T: Send + 'static> Pending<T> {
+    fn start(host: &Host, look: impl FnOnce(&Host) -> T + Send + 'static) -> Pending<T> {
+        let pending = Pending(Arc::default());
+        let (host, shared) = (host.clone(), Arc::clone(&pending.0));
+        // Without a thread there is no result, which is seen below.
+        let _ = thread::Builder::new().spawn(move || {
+            let result = look(&host);
+            *shared.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+            shared.1.notify_one();
+        });
+        pending
+    }
+
+    fn result(self, deadline: Instant) -> Option<T> {
+        let (result, there) = &*self.0;
+        let result = result.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = there.wait_timeout_while(result, left, |result| result.is_none());
+        let (mut result, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        result.take()
+    }
+}
+
+fn too_slow(check: &'static str) -> Finding {
+    Finding::unknown(check, "given up, since something there does not answer")
+}
+
+/// Where the generator has no business.
+fn report_elsewhere(verdict: &Verdict) -> Report {
+    let word = match verdict {
+        Verdict::NotWsl => "not-wsl",
+        Verdict::Wsl1 => "wsl1",
+        Verdict::Container => "container",
+        Verdict::Initrd => "initrd",
+        Verdict::UserManager => "user-manager",
+        Verdict::NoInit | Verdict::Wsl2 => "unknown",
+    };
+    Report {
+        verdict: word,
+        summary: format!("{}: nothing to do.", capitalised(verdict.reason())),
+        healthy: true,
+        findings: Vec::new(),
+    }
+}
+
+fn capitalised(text: &str) -> String {
+    let mut characters = text.chars();
+    let first = characters.next().map(|c| c.to_ascii_uppercase());
+    first.into_iter().chain(characters).collect()
+}
+
+/// A container, perhaps, that does not show that it is one.
+fn without_init() -> Finding {
+    let found = format!(
+        "{}: a container, or a distro to which only wsl.exe --shutdown brings it back",
+        Verdict::NoInit.reason()
+    );
+    Finding::unknown("platform", found)
+}
+
+fn without_systemd(wanted: &Wanted) -> Finding {
+    let found = "does not run here, so nothing keeps the entry".to_owned();
+    let mend = Mend::Edit(format!("{WSL_CONF}, section [boot]: systemd=true"));
+    wanted.protection("systemd", Harm::Unprotected, found, mend)
+}
+
+fn platform(host: &Host) -> Finding {
+    let version = match host.pid1_variable("container_host_version_id") {
+        Ok(Some(version)) => format!("version {version}"),
+        Ok(None) => "version unknown: PID 1 has not been told".to_owned(),
+        Err(_) => "version unknown: only root can see it".to_owned(),
+    };
+    let found = format!("{}; WSL {version}", Verdict::Wsl2.reason());
+    Finding::good("platform", found)
+}
+
+/// What was read of wsl.conf.
+fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
+    let check = "wsl.conf";
+    let path = host.path(WSL_CONF);
+    let conf = &decision.conf;
+    let edit = |how: &str| Mend::Edit(format!("{path}{how}; then systemctl daemon-reload"));
+    let mut findings = Vec::new();
+    if let Some(warning) = &decision.warning {
+        let note = Finding::note(check, warning.as_str());
+        findings.push(match conf.refused_line {
+            Some(line) => note.mended_by(edit(&format!(", line {line}"))),
+            None => note,
+        });
+    }
+    if !conf.protect_binfmt {
+        let found = "[boot] protectBinfmt=false: nothing is protected, on purpose";
+        let mend = edit(", section [boot]: without protectBinfmt=");
+        findings.push(Finding::bad(check, Harm::Unprotected, found, mend));
+    }
+    if !conf.interop_enabled {
+        let found = "[interop] enabled=false: Windows programs do not start here, on purpose";
+        findings.push(Finding::note(check, found));
+    }
+    if findings.is_empty() {
+        let found = match host.path(WSL_CONF).exists() {
+            true => format!("{path} has been read: protection and interop are on"),
+            false => format!("there is no {path}: protection and interop are on"),
+        };
+        findings.push(Finding::good(check, found));
+    }
+    findings
+}

@@ -1,0 +1,261 @@
+//! What systemd says of the services that this is about: its own two that write to the table, and
+//! ours.
+
+use std::time::Instant;
+
+use anyhow::Context;
+
+use super::report::{Finding, Harm, Mend};
+use super::{table, Wanted};
+use crate::binfmt_d;
+use crate::host::{Host, BINFMT_MISC, EARLY, FORMATS, LOCAL_UNITS, SYSTEMD_SOCKETS};
+use crate::systemd::{self, Condition, Unit};
+
+const SYSTEMD_BINFMT: &str = "systemd-binfmt.service";
+const BINFMT_SUPPORT: &str = "binfmt-support.service";
+const GUARD: &str = "wsl-binfmt-guard.service";
+const RESTORE: &str = "wsl-interop-restore.service";
+/// The drop-ins of ours, by which those two cannot empty the table.
+const DROP_IN: &str = "10-wsl-interop.conf";
+
+/// Asks systemd, and looks at the units.
+pub fn check(host: &Host, wanted: &Wanted, deadline: Instant) -> Vec<Finding> {
+    let units = match ask(host, deadline) {
+        Ok(units) => units,
+        Err(error) => return vec![Finding::unknown("systemd", format!("{error:#}"))],
+    };
+    let [binfmt, support, guard, restore] = &units;
+    let mut findings = registrar(host, wanted, "systemd-binfmt", SYSTEMD_BINFMT, binfmt);
+    findings.extend(registrar(
+        host,
+        wanted,
+        "binfmt-support",
+        BINFMT_SUPPORT,
+        support,
+    ));
+    findings.push(ours(host, wanted.protect, "guard", GUARD, guard));
+    let watches = wanted.protect && wanted.interop;
+    findings.push(ours(host, watches, "watcher", RESTORE, restore));
+    findings
+}
+
+/// Asks PID 1 itself, or over the bus where only root may do that.
+fn ask(host: &Host, deadline: Instant) -> anyhow::Result<[Unit; 4]> {
+    let names = [SYSTEMD_BINFMT, BINFMT_SUPPORT, GUARD, RESTORE];
+    let [private, bus] = SYSTEMD_SOCKETS.map(|socket| host.path(socket));
+    let ask = |socket, on_a_bus| systemd::units(socket, on_a_bus, &names, deadline);
+    let units = ask(&private, false).or_else(|error| {
+        if Instant::now() >= deadline {
+            return Err(error);
+        }
+        ask(&bus, true).context("without a bus only root can ask")
+    })?;
+    units
+        .try_into()
+        .map_err(|_| anyhow::anyhow!("systemd answered for other units than it was asked for"))
+}
+
+/// A service that registers rules which are not ours: how it fares is mostly a note.
+fn registrar(
+    host: &Host,
+    wanted: &Wanted,
+    check: &'static str,
+    name: &str,
+    unit: &Unit,
+) -> Vec<Finding> {
+    if unit.load_state == "not-found" {
+        return vec![Finding::note(check, "not installed")];
+    }
+    if unit.load_state == "masked" {
+        let unmask = format!("systemctl unmask {name} && systemctl start {name}");
+        let found = "masked: its rules are not registered";
+        return vec![Finding::note(check, found).mended_by(Mend::AsRoot(unmask))];
+    }
+    let mut findings = vec![state(host, check, name, unit)];
+    findings.extend(drop_in(host, wanted, check, unit));
+    findings
+}
+
+/// What a service is to register, and where that stands: a file each entry.
+fn rules(host: &Host, name: &str) -> Vec<(String, String)> {
+    if name == SYSTEMD_BINFMT {
+        let rules = binfmt_d::rules(host).into_iter();
+        return rules.map(|rule| (rule.name, rule.path)).collect();
+    }
+    let names = host.names(FORMATS).into_iter();
+    names
+        .map(|name| (name.clone(), format!("{FORMATS}/{name}")))
+        .collect()
+}
+
+/// The state of such a service, measured by what it is for.
+fn state(host: &Host, check: &'static str, name: &str, unit: &Unit) -> Finding {
+    let rules = rules(host, name);
+    let run = |how: &str| Mend::AsRoot(format!("systemctl {how} {name}"));
+    let state = match unit.active_state.as_str() {
+        "failed" => format!("failed ({})", unit.result),
+        state => state.to_owned(),
+    };
+    let Some(table) = table::readable(host) else {
+        return Finding::note(check, format!("{state}; its rules cannot be seen"));
+    };
+    let mut missing = rules;
+    let all = missing.len();
+    missing.retain(|(name, _)| table.inode(name).is_none());
+    let names: Vec<_> = missing.iter().map(|(name, _)| name.as_str()).collect();
+    let registered = match names.is_empty() {
+        true => format!("rules registered: all {all}"),
+        false => format!("rules not registered: {}", names.join(", ")),
+    };
+    match (
+        unit.active_state.as_str(),
+        unit.tested && !unit.conditions_held,
+    ) {
+        ("active", _) if names.is_empty() => Finding::good(check, format!("{state}; {registered}")),
+        ("active", _) => {
+            Finding::note(check, format!("{state}; {registered}")).mended_by(run("restart"))
+        }
+        ("failed", _) if names.is_empty() => Finding::note(
+            check,
+            format!("{state}, but that is harmless; {registered}"),
+        )
+        .mended_by(run("restart")),
+        ("failed", _) => {
+            let mut files: Vec<_> = missing.iter().map(|(_, path)| path.as_str()).collect();
+            files.dedup();
+            let mend = match name {
+                SYSTEMD_BINFMT => Mend::Edit(format!("{}; then restart {name}", files.join(", "))),
+                _ => run("restart"),
+            };
+            Finding::bad(
+                check,
+                Harm::Degraded,
+                format!("{state}; {registered}"),
+                mend,
+            )
+        }
+        (_, true) => skipped(host, check, name, unit, (all, &registered)),
+        (_, false) if names.is_empty() => Finding::good(check, format!("{state}; {registered}")),
+        (_, false) => {
+            Finding::note(check, format!("{state}; {registered}")).mended_by(run("start"))
+        }
+    }
+}
+
+/// Not started because of a condition: fine if there is nothing to do, else somebody wanted it so.
+fn skipped(
+    host: &Host,
+    check: &'static str,
+    name: &str,
+    unit: &Unit,
+    (all, registered): (usize, &str),
+) -> Finding {
+    let known = unit.conditions.iter().find(|condition| condition.failed);
+    let by = match known {
+        Some(condition) => format!("skipped by {}", condition.text),
+        None => "skipped by a condition (which, systemd has forgotten at daemon-reload)".to_owned(),
+    };
+    if all == 0 {
+        return Finding::good(check, format!("{by}; there are no rules"));
+    }
+    let is_suspect = |condition: &&Condition| known.is_none_or(|known| known == *condition);
+    let in_drop_in = |path: &String| {
+        let text = host.text(path);
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        let mut suspects = unit.conditions.iter().filter(is_suspect);
+        let condition = suspects.find(|c| lines.contains(&c.text.as_str()))?;
+        Some((path.clone(), condition))
+    };
+    let Some((path, condition)) = unit.drop_in_paths.iter().find_map(in_drop_in) else {
+        return Finding::note(check, format!("{by}; {registered}"));
+    };
+    let place = match known {
+        Some(_) => format!("in {path}"),
+        None => format!("maybe {} in {path}", condition.text),
+    };
+    let found = format!("{by}, {place}; {registered}");
+    let remove = match LOCAL_UNITS.iter().any(|local| path.starts_with(local)) {
+        true => format!("rm {path}"),
+        // A package's would come back.
+        false => {
+            let directory = format!("/etc/systemd/system/{name}.d");
+            let file = path.rsplit('/').next().unwrap_or_default();
+            format!("mkdir -p {directory} && ln -s /dev/null {directory}/{file}")
+        }
+    };
+    Finding::note(check, found).mended_by(Mend::AsRoot(format!(
+        "{remove} && systemctl daemon-reload && systemctl restart {name}"
+    )))
+}
+
+/// Whether the service is kept from emptying the table. What counts is what systemd made of all
+/// drop-ins.
+fn drop_in(host: &Host, wanted: &Wanted, check: &'static str, unit: &Unit) -> Option<Finding> {
+    let status = format!("{BINFMT_MISC}/status");
+    if !wanted.protect || unit.binds_over.contains(&status) {
+        return None;
+    }
+    let early = host.path(EARLY);
+    let ours = |path: &&String| path.starts_with(early.as_str()) && path.ends_with(DROP_IN);
+    let others = || unit.drop_in_paths.iter().filter(|path| !ours(path));
+    let overrides = |path: &&String| {
+        let text = host.text(path);
+        path.ends_with(DROP_IN) || text.lines().any(|line| line.starts_with("BindPaths="))
+    };
+    let (found, mend) = match others().find(overrides) {
+        Some(path) => (
+            format!("our drop-in {DROP_IN} is overridden by {path}"),
+            format!("rm {path} && systemctl daemon-reload"),
+        ),
+        None => (
+            format!("our drop-in {DROP_IN} is not loaded"),
+            "systemctl daemon-reload".to_owned(),
+        ),
+    };
+    let mend = Mend::AsRoot(mend);
+    Some(Finding::bad(check, Harm::Degraded, found, mend))
+}
+
+/// A service that the generator emits.
+fn ours(host: &Host, wanted: bool, check: &'static str, name: &str, unit: &Unit) -> Finding {
+    let start = format!("systemctl start {name}");
+    let reload = "systemctl daemon-reload";
+    let fault = |found: String, command: String| match wanted {
+        true => Finding::bad(check, Harm::Unprotected, found, Mend::AsRoot(command)),
+        false => Finding::note(check, found),
+    };
+    let early = host.path(EARLY);
+    let state = unit.active_state.as_str();
+    match unit.load_state.as_str() {
+        "not-found" if !wanted => {
+            return Finding::good(check, format!("no {name}, as wsl.conf has it"))
+        }
+        "not-found" => {
+            let found = format!("{name} is not loaded");
+            return fault(found, format!("{reload} && {start}"));
+        }
+        _ if !unit.fragment_path.starts_with(early.as_str()) => {
+            let path = &unit.fragment_path;
+            let found = format!("{name} is overridden by {path}, {state}");
+            return fault(found, format!("rm {path} && {reload} && {start}"));
+        }
+        _ => {}
+    }
+    let changed = match unit.drop_in_paths.is_empty() {
+        true => String::new(),
+        false => format!(", changed by {}", unit.drop_in_paths.join(", ")),
+    };
+    match state {
+        "active" if unit.need_daemon_reload => {
+            let found = format!("{name} is active{changed}, but its files have changed since");
+            Finding::note(check, found).mended_by(Mend::AsRoot(reload.to_owned()))
+        }
+        "active" if changed.is_empty() => Finding::good(check, format!("{name} is active")),
+        "active" => Finding::note(check, format!("{name} is active{changed}")),
+        "failed" => fault(
+            format!("{name} has failed ({}){changed}", unit.result),
+            format!("systemctl reset-failed {name} && {start}"),
+        ),
+        _ => fault(format!("{name} is {state}{changed}"), start),
+    }
+}

@@ -1,0 +1,632 @@
+//! The doctor: each state that `status` tells apart is brought about for real, and all that it says
+//! is compared with `status/NAME.txt` (UPDATE_GOLDEN=1 writes these anew). Then what it says is
+//! done, and all has to be well.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{ensure, Context};
+use serde_json::Value;
+use wsl_vm::{project, Builder, Distro, Generation, Vm};
+
+use crate::promises::RULE;
+use crate::verbs::Test;
+
+/// A rule that any Debian may ship: of its own, and harmless.
+const RULES: (&str, &str) = ("/etc/binfmt.d/test.conf", RULE);
+
+/// Mono's rule.
+const MONO: &str = ":cli:M::MZ::/usr/bin/cli:";
+
+const TABLE: &str = "/proc/sys/fs/binfmt_misc";
+
+/// Where a session's programs are to find Windows.
+const SOCKET: &str = "WSL_INTEROP=/run/WSL/8_interop";
+
+/// A distro of WSL's, with the socket that WSL makes for programs to be started on Windows.
+fn distro<'vm>(vm: &'vm Vm, suite: &str) -> Builder<'vm> {
+    let socket = "[Socket]\nListenStream=/run/WSL/8_interop\nSymlinks=/run/WSL/1_interop\n";
+    let units = "/etc/systemd/system";
+    vm.distro("mine", suite)
+        .generator(true)
+        .file(RULES.0, &format!("{}\n", RULES.1))
+        .file(&format!("{units}/interop.socket"), socket)
+        .file(
+            &format!("{units}/interop.service"),
+            "[Service]\nExecStart=/bin/true\n",
+        )
+        .file(
+            &format!("{units}/sockets.target.d/interop.conf"),
+            "[Unit]\nWants=interop.socket\n",
+        )
+}
+
+/// What a run of `status` in a distro says, and its exit status.
+fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
+    let command = format!("{environment} wsl-binfmt status {arguments}; echo \"exit status $?\"");
+    // On a machine that has much else to do systemd may answer too late; it is asked again then, as
+    // one would.
+    let mut said = String::new();
+    for _ in 0..50 {
+        said = distro.run(&command);
+        if !said.contains("in time") && !said.contains("does not answer") {
+            break;
+        }
+    }
+    said
+}
+
+/// Compares all that is said with a file.
+fn compare(name: &str, said: &str) -> anyhow::Result<()> {
+    let path = project().join(format!("tests/scenarios/status/{name}.txt"));
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&path, said)?;
+    }
+    let expected = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    ensure!(said == expected, "says:\n{said}\nnot:\n{expected}");
+    Ok(())
+}
+
+/// The JSON form: valid by the schema, and the same as the text.
+fn check_json(name: &str, json: &str, text: &str) -> anyhow::Result<Value> {
+    let (json, status) = json.split_once('\n').context("no line of JSON")?;
+    let (_, status_of_text) = text.trim_end().rsplit_once('\n').unwrap_or_default();
+    ensure!(
+        status.trim_end() == status_of_text,
+        "{status} for JSON, {status_of_text} for text"
+    );
+    let path = Path::new("/vm").join(name);
+    fs::write(&path, json)?;
+    let schema = project().join("docs/status.schema.json");
+    let verdict = Command::new("jsonschema")
+        .arg("-i")
+        .args([&path, &schema])
+        .output()?;
+    ensure!(verdict.status.success(), "{verdict:?}");
+
+    let report: Value = serde_json::from_str(json)?;
+    let of = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let mut lines = vec![of(&report["summary"])];
+    for finding in report["checks"].as_array().context("checks")? {
+        let [state, check, found] = ["state", "check", "found"].map(|key| of(&finding[key]));
+        let mut line = format!("{state:7}  {check:15}  {found}");
+        if finding["mend"].is_object() {
+            let [how, what] = ["how", "what"].map(|key| of(&finding["mend"][key]));
+            line += &format!("; {}: {what}", how.replace('-', " "));
+        }
+        lines.push(line);
+    }
+    lines.push(status_of_text.to_owned());
+    ensure!(lines.join("\n") == text.trim_end(), "{lines:#?}\n{text}");
+    Ok(report)
+}
+
+/// Does what `status` says, as somebody would who knows nothing: runs each command that mends
+/// something bad, in order. True if that was all that it said to do.
+fn follow(distro: &Distro, report: &Value, environment: &mut String) -> anyhow::Result<bool> {
+    let mut followed = true;
+    for finding in report["checks"].as_array().context("checks")? {
+        let mend = &finding["mend"];
+        let what = mend["what"].as_str().unwrap_or_default();
+        match mend["how"].as_str() {
+            _ if finding["state"] == "unknown" => followed = false,
+            _ if finding["state"] != "bad" => {}
+            Some("run-as-root") => {
+                let said = distro.run(&format!("{what} && echo done"));
+                ensure!(said.ends_with("done\n"), "{what}: {said}");
+            }
+            Some("run-in-this-shell") => {
+                let export = what
+                    .strip_prefix("export ")
+                    .with_context(|| what.to_owned())?;
+                export.clone_into(environment);
+            }
+            _ => followed = false,
+        }
+    }
+    Ok(followed)
+}
+
+/// Looks at a distro, compares, and follows.
+fn examine(distro: &Distro, name: &str, environment: &str) -> anyhow::Result<()> {
+    let text = look(distro, environment, "");
+    compare(name, &text)?;
+    let report = check_json(name, &look(distro, environment, "--json"), &text)?;
+    let mut environment = environment.to_owned();
+    if follow(distro, &report, &mut environment)? {
+        let text = look(distro, &environment, "");
+        ensure!(text.ends_with("exit status 0\n"), "afterwards:\n{text}");
+        let interop = ["healthy", "broken", "unprotected", "degraded"];
+        if interop.iter().any(|verdict| report["verdict"] == *verdict) {
+            ensure!(distro.launch() == "starts", "{}", distro.launch());
+        }
+    }
+    Ok(())
+}
+
+/// A distro on which something has been done to bring a state about.
+fn state(name: &str, builder: Builder, done: &str) -> anyhow::Result<()> {
+    let distro = builder.boot()?;
+    let said = distro.run(&format!("set -e; {done}"));
+    ensure!(said.is_empty(), "{done}: {said}");
+    examine(&distro, name, SOCKET)
+}
+
+/// Without what would mend it at once.
+const UNWATCHED: &str = "systemctl stop wsl-interop-restore.service;";
+
+fn unwatched(vm: &Vm, name: &str, done: &str) -> anyhow::Result<()> {
+    state(name, distro(vm, "trixie"), &format!("{UNWATCHED} {done}"))
+}
+
+/// A distro of another WSL, or with something in it, that is looked at as it has booted.
+fn booted(name: &str, builder: Builder) -> anyhow::Result<()> {
+    state(name, builder, "")
+}
+
+/// A distro in which something is done behind systemd's back.
+fn done(vm: &Vm, name: &str, done: &str) -> anyhow::Result<()> {
+    state(name, distro(vm, "trixie"), done)
+}
+
+pub const STATUS: &[Test] = &[
+    ("status: healthy on systemd 247", |vm| {
+        booted("healthy-247", distro(vm, "bullseye"))
+    }),
+    ("status: healthy on systemd 252", |vm| {
+        booted("healthy-252", distro(vm, "bookworm"))
+    }),
+    ("status: healthy on systemd 257", |vm| {
+        booted("healthy-257", distro(vm, "trixie"))
+    }),
+    ("status: healthy on systemd 262", |vm| {
+        booted("healthy-262", distro(vm, "forky"))
+    }),
+    ("status: as an ordinary user", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        examine(&distro, "ordinary-user", &format!("{SOCKET} {user}"))
+    }),
+    ("status: an ordinary user without a bus", |vm| {
+        let distro = distro(vm, "trixie").masked("dbus.socket").boot()?;
+        let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        examine(&distro, "no-bus", &format!("{SOCKET} {user}"))
+    }),
+    // Where it is.
+    ("status: not WSL", |vm| {
+        let native = distro(vm, "trixie").osrelease("6.1.0-13-amd64");
+        booted("not-wsl", native.environment(&[]).without_init())
+    }),
+    ("status: WSL1", |vm| {
+        let wsl1 = distro(vm, "trixie").osrelease("4.4.0-19041-Microsoft");
+        booted("wsl1", wsl1.environment(&[]))
+    }),
+    ("status: a container on WSL", |vm| {
+        let container = distro(vm, "trixie").environment(&["container=docker"]);
+        booted("container", container.without_init())
+    }),
+    ("status: WSL's kernel without /init", |vm| {
+        booted(
+            "no-init",
+            distro(vm, "trixie").environment(&[]).without_init(),
+        )
+    }),
+    ("status: a kernel of one's own", |vm| {
+        let distro = distro(vm, "trixie").osrelease("6.18.1-mine").boot()?;
+        examine(&distro, "own-kernel", SOCKET)?;
+        // Who may not look at PID 1 has systemd's word for it.
+        let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        examine(&distro, "ordinary-user", &format!("{SOCKET} {user}"))
+    }),
+    ("status: without systemd", |vm| {
+        // A distro's PID 1 is then WSL's own, here a shell.
+        fs::write("/vm/osrelease", "6.6.87.2-microsoft-standard-WSL2\n")?;
+        let program = vm.generator().get_program().to_string_lossy().into_owned();
+        let boot = format!(
+            "mount -t proc proc /proc; mount -t binfmt_misc binfmt_misc {TABLE}; \
+             mount --bind /vm/osrelease /proc/sys/kernel/osrelease; \
+             {program} status; echo \"exit status $?\""
+        );
+        let output = Command::new("unshare")
+            .args(["--mount", "--pid", "--fork", "sh", "-euc", &boot])
+            .env("container_host_version_id", "2.6.3")
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        compare("no-systemd", &text.replace(&program, "wsl-binfmt"))
+    }),
+    // The table.
+    ("status: binfmt_misc is not mounted", |vm| {
+        done(
+            vm,
+            "not-mounted",
+            &format!("umount {TABLE}/status; umount {TABLE}"),
+        )
+    }),
+    ("status: something else is mounted over binfmt_misc", |vm| {
+        done(vm, "mounted-over", &format!("mount -t tmpfs tmpfs {TABLE}"))
+    }),
+    ("status: the table is disabled", |vm| {
+        done(
+            vm,
+            "table-disabled",
+            &format!("umount {TABLE}/status; echo 0 >{TABLE}/status"),
+        )
+    }),
+    (
+        "status: the table is disabled under the guard's mount",
+        |vm| {
+            let distro = distro(vm, "trixie").boot()?;
+            vm.write("status", "0")?;
+            examine(&distro, "table-disabled-covered", SOCKET)
+        },
+    ),
+    ("status: the table is disabled and cannot be seen", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run(&format!("{UNWATCHED} echo -1 >{TABLE}/WSLInterop"));
+        vm.write("status", "0")?;
+        // Once there is an entry again, it shows.
+        examine(&distro, "table-unseen", SOCKET).unwrap_err();
+        compare("table-unseen-then", &look(&distro, SOCKET, ""))
+    }),
+    ("status: the entry is missing", |vm| {
+        unwatched(vm, "entry-missing", &format!("echo -1 >{TABLE}/WSLInterop"))
+    }),
+    ("status: the entry is disabled", |vm| {
+        done(vm, "entry-disabled", &format!("echo 0 >{TABLE}/WSLInterop"))
+    }),
+    ("status: the entry has another interpreter", |vm| {
+        unwatched(
+            vm,
+            "entry-interpreter",
+            &registered_as("M::MZ::/bin/cat:PF"),
+        )
+    }),
+    ("status: the entry is for something else", |vm| {
+        unwatched(vm, "entry-pattern", &registered_as("E::exe::/init:PF"))
+    }),
+    ("status: the entry has no P", |vm| {
+        unwatched(vm, "entry-no-p", &registered_as("M::MZ::/init:F"))
+    }),
+    ("status: the entry has no F", |vm| {
+        unwatched(vm, "entry-no-f", &registered_as("M::MZ::/init:P"))
+    }),
+    ("status: a second entry of WSL's", |vm| {
+        unwatched(
+            vm,
+            "entry-late",
+            &register(":WSLInterop-late:M::MZ::/init:P"),
+        )
+    }),
+    ("status: Mono gets Windows programs", |vm| {
+        unwatched(vm, "rival-ahead", &register(MONO))
+    }),
+    ("status: Mono and Wine come after Windows", |vm| {
+        let both = [MONO, ":DOSWin:E::exe::/usr/bin/wine:"].map(register);
+        done(vm, "rivals-behind", &format!("{}; sleep 1", both.join(";")))
+    }),
+    ("status: APE's rule comes first, another one behind", |vm| {
+        let ape = |name| format!(":{name}:M::MZqFpD::/bin/echo:");
+        let renew = format!(
+            "echo -1 >{TABLE}/WSLInterop; {}",
+            register(":WSLInterop:M::MZ::/init:PF")
+        );
+        let [behind, ahead] = ["ape-behind", "ape-ahead"].map(|name| register(&ape(name)));
+        unwatched(vm, "ape", &format!("{behind}; {renew}; {ahead}"))
+    }),
+    // The status file.
+    ("status: the status file is open", |vm| {
+        done(vm, "status-open", &format!("umount {TABLE}/status"))
+    }),
+    ("status: the status file is guarded by WSL", |vm| {
+        booted(
+            "status-wsl",
+            distro(vm, "trixie").generation(Generation::Lock),
+        )
+    }),
+    (
+        "status: the status file is covered by something unknown",
+        |vm| {
+            done(
+                vm,
+                "status-unknown",
+                &format!("umount {TABLE}/status; mount --bind /etc/hostname {TABLE}/status"),
+            )
+        },
+    ),
+    ("status: the guard's file was deleted", |vm| {
+        done(vm, "status-deleted", "rm /run/wsl-binfmt/status")
+    }),
+    // The services that write to the table.
+    ("status: systemd-binfmt has failed, harmlessly", |vm| {
+        let distro = distro(vm, "trixie").generation(Generation::Lock);
+        let mask = "/etc/systemd/system-generators/wsl-binfmt-generator";
+        booted("binfmt-failed-harmless", distro.file(mask, ""))
+    }),
+    ("status: systemd-binfmt has failed at a rule", |vm| {
+        let broken = ":broken:M::BROKEN::/missing:F\n";
+        let distro = distro(vm, "trixie").file("/etc/binfmt.d/broken.conf", broken);
+        booted("binfmt-failed", distro)
+    }),
+    ("status: systemd-binfmt is skipped", |vm| {
+        let drop_in = "/etc/systemd/system/systemd-binfmt.service.d/wsl.conf";
+        let text = "[Unit]\nConditionVirtualization=!container\n";
+        let distro = distro(vm, "trixie").file(drop_in, text).boot()?;
+        examine(&distro, "binfmt-skipped", SOCKET)?;
+        distro.run("systemctl daemon-reload");
+        examine(&distro, "binfmt-skipped-forgotten", SOCKET)
+    }),
+    ("status: systemd-binfmt has nothing to do", |vm| {
+        let without = "cd /usr/lib/binfmt.d; mkdir -p /run/hidden; mount --bind /run/hidden .; \
+                       rm -r /etc/binfmt.d; systemctl restart systemd-binfmt";
+        done(vm, "binfmt-nothing-to-do", without)
+    }),
+    ("status: systemd-binfmt is masked", |vm| {
+        let masked = distro(vm, "trixie").masked("systemd-binfmt.service");
+        booted("binfmt-masked", masked)
+    }),
+    ("status: systemd-binfmt is stopped", |vm| {
+        done(vm, "binfmt-stopped", "systemctl stop systemd-binfmt")
+    }),
+    ("status: binfmt-support is active", |vm| {
+        booted("support-active", distro(vm, "trixie").binfmt_support())
+    }),
+    ("status: binfmt-support has failed", |vm| {
+        let drop_in = "/etc/systemd/system/binfmt-support.service.d/x.conf";
+        let text = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'test ! -e /run/x && \
+                    update-binfmts --enable'\n";
+        let distro = distro(vm, "trixie").binfmt_support().file(drop_in, text);
+        let fail = "systemctl stop binfmt-support; touch /run/x; \
+                    systemctl start binfmt-support 2>/dev/null || true; rm /run/x";
+        state("support-failed", distro, fail)
+    }),
+    ("status: our drop-in is overridden", |vm| {
+        let drop_in = "/etc/systemd/system/systemd-binfmt.service.d/zz.conf";
+        let distro = distro(vm, "trixie").file(drop_in, "[Service]\nBindPaths=\n");
+        booted("drop-in-overridden", distro)
+    }),
+    ("status: our drop-in is replaced", |vm| {
+        let directory = "/etc/systemd/system.control/systemd-binfmt.service.d";
+        let replace = format!(
+            "mkdir -p {directory}; printf '[Service]\\nNice=1\\n' >{directory}/10-wsl-interop.conf; \
+             systemctl daemon-reload"
+        );
+        done(vm, "drop-in-replaced", &replace)
+    }),
+    // Our services.
+    ("status: the guard is stopped", |vm| {
+        let stop = format!("systemctl stop wsl-binfmt-guard; umount {TABLE}/status");
+        done(vm, "guard-stopped", &stop)
+    }),
+    ("status: the watcher has failed", |vm| {
+        let kill = "for i in $(seq 20); do systemctl kill -s KILL wsl-interop-restore; sleep .3; \
+                    done; systemctl is-failed --quiet wsl-interop-restore";
+        done(vm, "watcher-failed", kill)
+    }),
+    ("status: the watcher is changed", |vm| {
+        let drop_in = "/etc/systemd/system/wsl-interop-restore.service.d/nice.conf";
+        let distro = distro(vm, "trixie").file(drop_in, "[Service]\nNice=1\n");
+        booted("watcher-changed", distro)
+    }),
+    ("status: the watcher is overridden", |vm| {
+        let unit = "/etc/systemd/system.control/wsl-interop-restore.service";
+        let distro = distro(vm, "trixie").file(unit, "[Service]\nExecStart=/bin/true\n");
+        booted("watcher-overridden", distro)
+    }),
+    // The generator.
+    ("status: the generator is not installed", |vm| {
+        // As somebody does who has built it and not installed it.
+        let elsewhere = "mkdir -p /usr/local/sbin; mv /usr/lib/systemd/system-generators/wsl-binfmt-generator \
+                         /usr/local/sbin; ln -sf /usr/local/sbin/wsl-binfmt-generator /usr/bin/wsl-binfmt; \
+                         systemctl daemon-reload";
+        done(vm, "generator-missing", elsewhere)
+    }),
+    ("status: the generator is masked", |vm| {
+        let mask = "mkdir -p /etc/systemd/system-generators; \
+                    ln -s /dev/null /etc/systemd/system-generators/wsl-binfmt-generator; \
+                    systemctl daemon-reload";
+        done(vm, "generator-masked", mask)
+    }),
+    ("status: the generator is not executable", |vm| {
+        // Started by the loader, as long as it is not.
+        let generator = "/usr/lib/systemd/system-generators/wsl-binfmt-generator";
+        let chmod = format!(
+            "cp {generator} /usr/local/bin/status; ln -sf /usr/local/bin/status /usr/bin/wsl-binfmt; \
+             chmod 644 {generator}; systemctl daemon-reload"
+        );
+        done(vm, "generator-not-executable", &chmod)
+    }),
+    ("status: the generator can be written by everybody", |vm| {
+        let chmod = "chmod 777 /usr/lib/systemd/system-generators/wsl-binfmt-generator";
+        done(vm, "generator-world-writable", chmod)
+    }),
+    ("status: the generator was installed since", |vm| {
+        let early = "/run/systemd/generator.early";
+        let change = format!("echo '# older' >>{early}/wsl-binfmt-guard.service");
+        done(vm, "generator-stale", &change)
+    }),
+    // wsl.conf.
+    ("status: wsl.conf is read", |vm| {
+        let conf = "[boot]\nsystemd=true\n";
+        booted(
+            "conf-read",
+            distro(vm, "trixie").file("/etc/wsl.conf", conf),
+        )
+    }),
+    ("status: WSL stops reading wsl.conf", |vm| {
+        let conf = "[boot]\nsystemd=true\n; x\n[interop]\nenabled=false\n";
+        booted(
+            "conf-refused",
+            distro(vm, "trixie").file("/etc/wsl.conf", conf),
+        )
+    }),
+    ("status: wsl.conf is a directory", |vm| {
+        booted(
+            "conf-directory",
+            distro(vm, "trixie").file("/etc/wsl.conf/x", ""),
+        )
+    }),
+    ("status: protection is switched off", |vm| {
+        let conf = "[boot]\nprotectBinfmt=false\n";
+        booted(
+            "conf-unprotected",
+            distro(vm, "trixie").file("/etc/wsl.conf", conf),
+        )
+    }),
+    ("status: interop is switched off", |vm| {
+        let conf = "[interop]\nenabled=false\n";
+        booted(
+            "conf-no-interop",
+            distro(vm, "trixie").file("/etc/wsl.conf", conf),
+        )
+    }),
+    // Leftovers.
+    ("status: a rule in binfmt.d registers the entry", |vm| {
+        let rule = ":WSLInterop:M::MZ::/init:P\n";
+        let distro = distro(vm, "trixie")
+            .file("/etc/binfmt.d/WSLInterop.conf", rule)
+            .file(
+                "/usr/lib/binfmt.d/late.conf",
+                ":WSLInterop-late:M::MZ::/init:PF\n",
+            );
+        booted("leftover-rule", distro)
+    }),
+    (
+        "status: a timer, a service and a drop-in register the entry",
+        |vm| {
+            let units = "/etc/systemd/system";
+            let register = "echo :WSLInterop:M::MZ::/init:P >/proc/sys/fs/binfmt_misc/register";
+            let service = format!("[Service]\nExecStart=-/bin/sh -c '{register}'\n");
+            let timer = "[Timer]\nOnCalendar=monthly\n[Install]\nWantedBy=timers.target\n";
+            let drop_in = format!("[Service]\nExecStartPost=-/bin/sh -c '{register}'\n");
+            let boot = format!("{service}[Install]\nWantedBy=multi-user.target\n");
+            let distro = distro(vm, "trixie")
+                .file(&format!("{units}/fix.service"), &service)
+                .file(&format!("{units}/fix.timer"), timer)
+                .file(&format!("{units}/fix-at-boot.service"), &boot)
+                .file(&format!("{units}/unused.service"), &service)
+                .file(
+                    &format!("{units}/systemd-binfmt.service.d/fix.conf"),
+                    &drop_in,
+                );
+            let enable = "systemctl enable --quiet fix.timer fix-at-boot.service";
+            state("leftover-units", distro, enable)
+        },
+    ),
+    ("status: a link to a unit of older WSL", |vm| {
+        let link = "cd /etc/systemd/system; mkdir -p default.target.wants; \
+                    ln -s /run/systemd/generator.early/wsl-binfmt.service default.target.wants";
+        done(vm, "leftover-link", link)
+    }),
+    // The socket.
+    ("status: $WSL_INTEROP is not set", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        examine(&distro, "socket-unset", "")?;
+        // A service has PID 1's.
+        examine(
+            &distro,
+            "socket-inherited",
+            "systemd-run --quiet --pipe --wait",
+        )
+    }),
+    ("status: $WSL_INTEROP is stale", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        examine(&distro, "socket-stale", "WSL_INTEROP=/run/WSL/7_interop")?;
+        let stale = "systemd-run --quiet --pipe --wait -E WSL_INTEROP=/run/WSL/7_interop";
+        examine(&distro, "socket-stale-inherited", stale)
+    }),
+    ("status: the socket is dead", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        let dead = "perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0); \
+                    bind(S, sockaddr_un(\"/run/WSL/9_interop\"))'";
+        distro.run(dead);
+        examine(&distro, "socket-dead", "WSL_INTEROP=/run/WSL/9_interop")?;
+        distro.run("systemctl stop interop.socket; rm -f /run/WSL/8_interop");
+        compare(
+            "socket-dead-all",
+            &look(&distro, "WSL_INTEROP=/run/WSL/9_interop", ""),
+        )
+    }),
+    // Whatever it finds, it is over soon.
+    ("status: the table's place is a dead automount", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.dead_automount(vm, TABLE)?;
+        in_50_ms(&distro)?;
+        examine(&distro, "dead-automount", SOCKET)
+    }),
+    ("status: wsl.conf is on a dead automount", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run("mkdir /dead; ln -s /dead/wsl.conf /etc/wsl.conf");
+        distro.dead_automount(vm, "/dead")?;
+        in_50_ms(&distro)?;
+        compare("conf-dead", &distro.run(STATUS_ONCE))
+    }),
+    ("status: systemd does not answer", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.freeze()?;
+        in_50_ms(&distro)?;
+        compare("systemd-frozen", &distro.run(STATUS_ONCE))
+    }),
+    ("status: wsl.conf is a fifo", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run("mkfifo /etc/wsl.conf");
+        in_50_ms(&distro)?;
+        examine(&distro, "conf-fifo", SOCKET)
+    }),
+    ("status: wsl.conf has 1 GiB", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run("(echo '[boot]'; yes a=b | head -n 1000000) >/etc/wsl.conf; truncate -s 1G /etc/wsl.conf");
+        in_50_ms(&distro)?;
+        examine(&distro, "conf-huge", SOCKET)
+    }),
+    ("status: all is well, and quickly", |vm| {
+        in_50_ms(&distro(vm, "trixie").boot()?)
+    }),
+    ("status: colours only on a terminal that wants them", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        let shown = |before: &str| {
+            let command = format!("{SOCKET} {before} wsl-binfmt status");
+            distro.run(&format!("TERM=xterm script -qec '{command}' /dev/null"))
+        };
+        let coloured = shown("");
+        ensure!(
+            coloured.contains("\x1b[32mgood   \x1b[m  platform "),
+            "{coloured}"
+        );
+        for before in ["NO_COLOR=1", "TERM=dumb", "env -u TERM"] {
+            let plain = shown(before);
+            ensure!(plain.contains("\ngood     platform "), "{before}: {plain}");
+            ensure!(!plain.contains('\x1b'), "{before}: {plain}");
+        }
+        let wanted = shown("NO_COLOR=");
+        ensure!(wanted == coloured, "{wanted}");
+        Ok(())
+    }),
+];
+
+/// For where systemd is not to be waited for.
+const STATUS_ONCE: &str =
+    "WSL_INTEROP=/run/WSL/8_interop wsl-binfmt status; echo \"exit status $?\"";
+
+/// `status` takes less than 50 ms, when the machine lets it run.
+fn in_50_ms(distro: &Distro) -> anyhow::Result<()> {
+    let taken = distro.run(
+        "for i in $(seq 10); do
+            start=$(date +%s%N); wsl-binfmt status >/dev/null; end=$(date +%s%N)
+            echo $(((end - start) / 1000000))
+        done | sort -n | head -n 1",
+    );
+    let milliseconds: u32 = taken.trim().parse().with_context(|| taken.clone())?;
+    ensure!(milliseconds < 50, "{milliseconds} ms");
+    Ok(())
+}
+
+fn register(rule: &str) -> String {
+    format!("echo '{rule}' >{TABLE}/register")
+}
+
+/// The entry, registered otherwise than it should be.
+fn registered_as(how: &str) -> String {
+    let rule = format!(":WSLInterop:{how}");
+    format!("echo -1 >{TABLE}/WSLInterop; {}", register(&rule))
+}
