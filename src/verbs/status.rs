@@ -9,6 +9,7 @@ mod report;
 mod services;
 mod table;
 
+use std::io::ErrorKind;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -189,13 +190,12 @@ fn without_systemd(wanted: &Wanted) -> Finding {
 }
 
 fn platform(host: &Host) -> Finding {
-    let version = match host.pid1_variable("container_host_version_id") {
-        Ok(Some(version)) => format!("version {version}"),
-        Ok(None) => "version unknown: PID 1 has not been told".to_owned(),
-        Err(_) => "version unknown: only root can see it".to_owned(),
-    };
-    let found = format!("{}; WSL {version}", Verdict::Wsl2.reason());
-    Finding::good("platform", found)
+    let distro = |version: &str| format!("{}; WSL version {version}", Verdict::Wsl2.reason());
+    match host.pid1_variable("container_host_version_id") {
+        Ok(Some(version)) => Finding::good("platform", distro(&version)),
+        Ok(None) => Finding::note("platform", distro("unknown: PID 1 has not been told")),
+        Err(_) => Finding::note("platform", distro("unknown: only root can see it")),
+    }
 }
 
 /// What was read of wsl.conf.
@@ -203,6 +203,11 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
     let check = "wsl.conf";
     let path = host.path(WSL_CONF);
     let conf = &decision.conf;
+    let denied = |error: std::io::Error| error.kind() == ErrorKind::PermissionDenied;
+    if host.read(WSL_CONF).is_err_and(denied) {
+        let found = format!("{path}: only root can read it");
+        return vec![Finding::unknown(check, found)];
+    }
     let edit = |how: &str| Mend::Edit(format!("{path}{how}; then systemctl daemon-reload"));
     let mut findings = Vec::new();
     if let Some(warning) = &decision.warning {

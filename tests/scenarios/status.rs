@@ -26,9 +26,13 @@ const SOCKET: &str = "WSL_INTEROP=/run/WSL/8_interop";
 
 /// A distro of WSL's, with the socket that WSL makes for programs to be started on Windows.
 fn distro<'vm>(vm: &'vm Vm, suite: &str) -> Builder<'vm> {
+    named(vm, "mine", suite)
+}
+
+fn named<'vm>(vm: &'vm Vm, name: &str, suite: &str) -> Builder<'vm> {
     let socket = "[Socket]\nListenStream=/run/WSL/8_interop\nSymlinks=/run/WSL/1_interop\n";
     let units = "/etc/systemd/system";
-    vm.distro("mine", suite)
+    vm.distro(name, suite)
         .generator(true)
         .file(RULES.0, &format!("{}\n", RULES.1))
         .file(&format!("{units}/interop.socket"), socket)
@@ -42,17 +46,30 @@ fn distro<'vm>(vm: &'vm Vm, suite: &str) -> Builder<'vm> {
         )
 }
 
-/// What a run of `status` in a distro says, and its exit status.
+/// What a run of `status` in a distro says, and its exit status. On a machine that has much else to
+/// do something may answer too late; then it is run again, as one would.
 fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
+    let in_time = |said: &str| {
+        !["in time", "does not answer"]
+            .iter()
+            .any(|s| said.contains(s))
+    };
+    look_until(distro, environment, arguments, in_time)
+}
+
+fn look_until(
+    distro: &Distro,
+    environment: &str,
+    arguments: &str,
+    enough: impl Fn(&str) -> bool,
+) -> String {
     let command = format!("{environment} wsl-binfmt status {arguments}; echo \"exit status $?\"");
-    // On a machine that has much else to do systemd may answer too late; it is asked again then, as
-    // one would.
-    let mut said = String::new();
+    let mut said = distro.run(&command);
     for _ in 0..50 {
-        said = distro.run(&command);
-        if !said.contains("in time") && !said.contains("does not answer") {
+        if enough(&said) {
             break;
         }
+        said = distro.run(&command);
     }
     said
 }
@@ -76,7 +93,7 @@ fn check_json(name: &str, json: &str, text: &str) -> anyhow::Result<Value> {
         status.trim_end() == status_of_text,
         "{status} for JSON, {status_of_text} for text"
     );
-    let path = Path::new("/vm").join(name);
+    let path = Path::new("/vm").join(format!("{name}.json"));
     fs::write(&path, json)?;
     let schema = project().join("docs/status.schema.json");
     let verdict = Command::new("jsonschema")
@@ -183,6 +200,14 @@ pub const STATUS: &[Test] = &[
     ("status: healthy on systemd 262", |vm| {
         booted("healthy-262", distro(vm, "forky"))
     }),
+    ("status: healthy under every generation of WSL", |vm| {
+        for generation in Generation::ALL {
+            let name = format!("healthy-{}", generation.name());
+            let distro = named(vm, &name, "trixie").generation(generation);
+            examine(&distro.boot()?, &name, SOCKET)?;
+        }
+        Ok(())
+    }),
     ("status: as an ordinary user", |vm| {
         let distro = distro(vm, "trixie").boot()?;
         let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
@@ -192,6 +217,13 @@ pub const STATUS: &[Test] = &[
         let distro = distro(vm, "trixie").masked("dbus.socket").boot()?;
         let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
         examine(&distro, "no-bus", &format!("{SOCKET} {user}"))
+    }),
+    ("status: an ordinary user who may not read wsl.conf", |vm| {
+        let distro = distro(vm, "trixie").file("/etc/wsl.conf", "[boot]\n");
+        let distro = distro.boot()?;
+        distro.run("chmod 600 /etc/wsl.conf");
+        let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        examine(&distro, "conf-unreadable", &format!("{SOCKET} {user}"))
     }),
     // Where it is.
     ("status: not WSL", |vm| {
@@ -226,7 +258,7 @@ pub const STATUS: &[Test] = &[
         let boot = format!(
             "mount -t proc proc /proc; mount -t binfmt_misc binfmt_misc {TABLE}; \
              mount --bind /vm/osrelease /proc/sys/kernel/osrelease; \
-             {program} status; echo \"exit status $?\""
+             {program} status || echo \"exit status $?\""
         );
         let output = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "sh", "-euc", &boot])
@@ -505,6 +537,11 @@ pub const STATUS: &[Test] = &[
                 .file(&format!("{units}/fix.timer"), timer)
                 .file(&format!("{units}/fix-at-boot.service"), &boot)
                 .file(&format!("{units}/unused.service"), &service)
+                // This is how others find out that they are on WSL.
+                .file(
+                    &format!("{units}/basic.target.d/wsl.conf"),
+                    "[Unit]\nConditionPathExists=/proc/sys/fs/binfmt_misc/WSLInterop\n",
+                )
                 .file(
                     &format!("{units}/systemd-binfmt.service.d/fix.conf"),
                     &drop_in,
@@ -547,6 +584,53 @@ pub const STATUS: &[Test] = &[
             &look(&distro, "WSL_INTEROP=/run/WSL/9_interop", ""),
         )
     }),
+    // What somebody goes through who has read the wrong forum.
+    ("a new user needs nothing but what status says", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        let ways = [
+            // Somebody masks all that has to do with it, and restarts.
+            "ln -s /dev/null /etc/systemd/system-generators/wsl-binfmt-generator; \
+             systemctl stop wsl-interop-restore wsl-binfmt-guard; systemctl daemon-reload; \
+             umount /proc/sys/fs/binfmt_misc/status; systemctl restart systemd-binfmt",
+            // Switches the entry off.
+            "echo 0 >/proc/sys/fs/binfmt_misc/WSLInterop",
+            // Switches all of it off, where nobody is on guard.
+            "umount /proc/sys/fs/binfmt_misc/status; echo 0 >/proc/sys/fs/binfmt_misc/status",
+            // Puts another program in its place.
+            "echo -1 >/proc/sys/fs/binfmt_misc/WSLInterop; systemctl stop wsl-interop-restore; \
+             echo -1 >/proc/sys/fs/binfmt_misc/WSLInterop; \
+             echo :WSLInterop:M::MZ::/bin/cat:F >/proc/sys/fs/binfmt_misc/register",
+            // Installs Mono while nobody watches.
+            "systemctl stop wsl-interop-restore; \
+             echo :cli:M::MZ::/bin/cat: >/proc/sys/fs/binfmt_misc/register",
+            // Switches protection off, and runs what he has found.
+            "printf '[boot]\nprotectBinfmt=false\n' >/etc/wsl.conf; systemctl daemon-reload; \
+             systemctl stop wsl-interop-restore; umount /proc/sys/fs/binfmt_misc/status; \
+             systemctl restart systemd-binfmt; rm /etc/wsl.conf",
+        ];
+        for way in ways {
+            distro.run(&format!("mkdir -p /etc/systemd/system-generators; {way}"));
+            ensure!(distro.launch() != "starts", "this breaks nothing: {way}");
+            let json = look(&distro, SOCKET, "--json");
+            let report = serde_json::from_str(json.lines().next().unwrap_or_default())?;
+            ensure!(json.ends_with("exit status 1\n"), "{way}: {json}");
+            let all = follow(&distro, &report, &mut String::new())?;
+            ensure!(all, "{way}: {report:#}");
+            ensure!(distro.launch() == "starts", "{way}: {report:#}");
+            let after = look(&distro, SOCKET, "");
+            ensure!(after.ends_with("exit status 0\n"), "{way}: {after}");
+            // And it is not only so for now.
+            let again = distro.run(
+                "systemctl daemon-reload; systemctl reset-failed systemd-binfmt; \
+                 systemctl restart systemd-binfmt",
+            );
+            ensure!(
+                again.is_empty() && distro.launch() == "starts",
+                "{way}: {again}"
+            );
+        }
+        Ok(())
+    }),
     // Whatever it finds, it is over soon.
     ("status: the table's place is a dead automount", |vm| {
         let distro = distro(vm, "trixie").boot()?;
@@ -559,13 +643,19 @@ pub const STATUS: &[Test] = &[
         distro.run("mkdir /dead; ln -s /dead/wsl.conf /etc/wsl.conf");
         distro.dead_automount(vm, "/dead")?;
         in_50_ms(&distro)?;
-        compare("conf-dead", &distro.run(STATUS_ONCE))
+        let said = look_until(&distro, SOCKET, "", |said| {
+            said.matches("unknown ").count() == 1
+        });
+        compare("conf-dead", &said)
     }),
     ("status: systemd does not answer", |vm| {
         let distro = distro(vm, "trixie").boot()?;
         distro.freeze()?;
         in_50_ms(&distro)?;
-        compare("systemd-frozen", &distro.run(STATUS_ONCE))
+        let said = look_until(&distro, SOCKET, "", |said| {
+            said.matches("unknown ").count() == 1
+        });
+        compare("systemd-frozen", &said)
     }),
     ("status: wsl.conf is a fifo", |vm| {
         let distro = distro(vm, "trixie").boot()?;
@@ -603,10 +693,6 @@ pub const STATUS: &[Test] = &[
         Ok(())
     }),
 ];
-
-/// For where systemd is not to be waited for.
-const STATUS_ONCE: &str =
-    "WSL_INTEROP=/run/WSL/8_interop wsl-binfmt status; echo \"exit status $?\"";
 
 /// `status` takes less than 50 ms, when the machine lets it run.
 fn in_50_ms(distro: &Distro) -> anyhow::Result<()> {

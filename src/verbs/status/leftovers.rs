@@ -53,9 +53,12 @@ fn rules(host: &Host) -> Vec<Finding> {
 fn units(host: &Host, directory: &str) -> Vec<Finding> {
     let names = host.names(directory);
     let registers = |path: &str| {
-        let text = host.text(path);
-        let mut settings = text.lines().filter(|line| !line.starts_with(['#', ';']));
-        settings.any(|line| line.contains(NAME) || line.contains("binfmt_misc/register"))
+        let text = host.text(path).replace("\\\n", " ");
+        let mut settings = text.lines();
+        settings.any(|line| {
+            let ours = line.contains(NAME) || line.contains(":MZ:");
+            line.starts_with("Exec") && line.contains("register") && ours
+        })
     };
     let mut findings = Vec::new();
     let mut add = |path: &str, mend: String| {

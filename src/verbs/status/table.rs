@@ -192,6 +192,9 @@ fn enabled(
     if !disabled {
         let unseen = "mounted; whether it is enabled as a whole cannot be seen";
         return match (covered, probe) {
+            (false, _) if snapshot.state.trim() != "enabled" => {
+                Finding::unknown("binfmt_misc", unseen)
+            }
             (true, Probe::Refused) => {
                 Finding::note("binfmt_misc", format!("{unseen} without an entry"))
             }
