@@ -119,6 +119,30 @@ fn help_and_version_go_to_standard_output_and_nothing_else_does() -> anyhow::Res
 }
 
 #[test]
+fn status_is_one_line_where_it_is_not_wsl() -> anyhow::Result<()> {
+    // Not in an empty root: on this very machine.
+    let status = |arguments: &[&str]| -> anyhow::Result<_> {
+        let output = Command::new(env!("CARGO_BIN_EXE_wsl-binfmt-generator"))
+            .arg("status")
+            .args(arguments)
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        Ok((output.status.code(), text, output.stderr.is_empty()))
+    };
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.to_lowercase();
+    ensure!(!release.contains("microsoft"), "to be tested elsewhere");
+    let line = "This is not WSL: nothing to do.".to_owned();
+    assert_eq!(status(&[])?, (Some(0), line.clone() + "\n", true));
+    let (code, json, _) = status(&["--json"])?;
+    let report: serde_json::Value = serde_json::from_str(&json)?;
+    let expected = serde_json::json!({
+        "verdict": "not-wsl", "summary": line, "healthy": true, "checks": [],
+    });
+    assert_eq!((code, report), (Some(0), expected));
+    Ok(())
+}
+
+#[test]
 fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()> {
     for (arguments, expected) in [
         (b"" as &[u8], 2),
@@ -126,6 +150,8 @@ fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()
         (b"--nothing", 2),
         (b"restore nothing", 2),
         (b"release --watch", 2),
+        (b"status --watch", 2),
+        (b"--json", 2),
         (b"--help restore", 2),
         (b"/one /two", 2),
         (b"/not-utf8-\xff", 2),
@@ -163,7 +189,7 @@ fn help_and_manual_tell_of_all_that_there_is_and_of_nothing_else() -> anyhow::Re
     let (_, help, _) = program(b"--help")?;
     let help: Vec<&str> = help.split([' ', ',', '\n']).collect();
     words.extend(statuses);
-    words.insert("WSL_BINFMT_ROOT".to_owned());
+    words.extend(["WSL_BINFMT_ROOT", "NO_COLOR"].map(str::to_owned));
     for word in words {
         assert!(help.contains(&word.as_str()), "{word} is not in --help");
     }

@@ -157,8 +157,7 @@ fn report_elsewhere(verdict: &Verdict) -> Report {
         Verdict::Wsl1 => "wsl1",
         Verdict::Container => "container",
         Verdict::Initrd => "initrd",
-        Verdict::UserManager => "user-manager",
-        Verdict::NoInit | Verdict::Wsl2 => "unknown",
+        Verdict::UserManager | Verdict::NoInit | Verdict::Wsl2 => "unknown",
     };
     Report {
         verdict: word,

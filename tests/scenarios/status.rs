@@ -584,6 +584,31 @@ pub const STATUS: &[Test] = &[
             &look(&distro, "WSL_INTEROP=/run/WSL/9_interop", ""),
         )
     }),
+    ("status: all that the schema has is seen above", |_| {
+        let schema = fs::read_to_string(project().join("docs/status.schema.json"))?;
+        let schema: Value = serde_json::from_str(&schema)?;
+        let mut seen = String::new();
+        for file in fs::read_dir(project().join("tests/scenarios/status"))? {
+            seen += &fs::read_to_string(file?.path())?;
+        }
+        let finding = &schema["properties"]["checks"]["items"]["properties"];
+        let how = &finding["mend"]["oneOf"][1]["properties"]["how"];
+        for (key, values) in [
+            ("\n", &finding["state"]),
+            ("  ", &finding["check"]),
+            ("; ", how),
+        ] {
+            for value in values["enum"].as_array().context("enum")? {
+                let value = value.as_str().unwrap_or_default().replace('-', " ");
+                let seen = seen.replace('-', " ");
+                ensure!(
+                    seen.contains(&format!("{key}{value}")),
+                    "{value} is never seen"
+                );
+            }
+        }
+        Ok(())
+    }),
     // What somebody goes through who has read the wrong forum.
     ("a new user needs nothing but what status says", |vm| {
         let distro = distro(vm, "trixie").boot()?;
