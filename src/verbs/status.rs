@@ -209,28 +209,29 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
     }
     let edit = |how: &str| Mend::Edit(format!("{path}{how}; then systemctl daemon-reload"));
     let mut findings = Vec::new();
+    if !conf.protect_binfmt {
+        let found = format!("{path}: protectBinfmt=false, so nothing is protected, on purpose");
+        let mend = edit(", section [boot]: without protectBinfmt=");
+        findings.push(Finding::bad(check, Harm::Unprotected, found, mend));
+    }
+    if !conf.interop_enabled {
+        let found = "enabled=false in [interop], so no Windows programs start here, on purpose";
+        findings.push(Finding::note(check, format!("{path}: {found}")));
+    }
+    if findings.is_empty() {
+        let nothing = match path.exists() {
+            true => "",
+            false => "no ",
+        };
+        let found = format!("{nothing}{path}: protection and interop are on");
+        findings.push(Finding::good(check, found));
+    }
     if let Some(warning) = &decision.warning {
         let note = Finding::note(check, warning.as_str());
         findings.push(match conf.refused_line {
             Some(line) => note.mended_by(edit(&format!(", line {line}"))),
             None => note,
         });
-    }
-    if !conf.protect_binfmt {
-        let found = "[boot] protectBinfmt=false: nothing is protected, on purpose";
-        let mend = edit(", section [boot]: without protectBinfmt=");
-        findings.push(Finding::bad(check, Harm::Unprotected, found, mend));
-    }
-    if !conf.interop_enabled {
-        let found = "[interop] enabled=false: Windows programs do not start here, on purpose";
-        findings.push(Finding::note(check, found));
-    }
-    if findings.is_empty() {
-        let found = match host.path(WSL_CONF).exists() {
-            true => format!("{path} has been read: protection and interop are on"),
-            false => format!("there is no {path}: protection and interop are on"),
-        };
-        findings.push(Finding::good(check, found));
     }
     findings
 }

@@ -251,6 +251,10 @@ pub const STATUS: &[Test] = &[
         let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
         examine(&distro, "ordinary-user", &format!("{SOCKET} {user}"))
     }),
+    ("status: a WSL that does not tell its version", |vm| {
+        let distro = distro(vm, "trixie").environment(&["container=wsl"]);
+        booted("no-version", distro)
+    }),
     ("status: without systemd", |vm| {
         // A distro's PID 1 is then WSL's own, here a shell.
         fs::write("/vm/osrelease", "6.6.87.2-microsoft-standard-WSL2\n")?;
