@@ -2,6 +2,7 @@
 //! is played twice on each Debian: stock, which is the control, and with our generator installed.
 //! What is seen is compared line by line.
 
+mod debian_package;
 mod generations;
 mod order;
 mod packages;
@@ -37,7 +38,13 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
 ];
 
 /// Tests in a VM, in which they boot distros or none.
-const TESTS: &[&[Test]] = &[verbs::VERBS, order::ORDER, watch::WATCH, status::STATUS];
+const TESTS: &[&[Test]] = &[
+    verbs::VERBS,
+    order::ORDER,
+    watch::WATCH,
+    status::STATUS,
+    debian_package::DEBIAN_PACKAGE,
+];
 
 fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static [&'static str])> {
     let of_a_list = |&(scenarios, suites): &(&'static [Scenario], _)| {
@@ -132,6 +139,7 @@ fn main() -> ExitCode {
     }
     let prepared = Machine::prepare(SUITES).and_then(|machine| {
         wsl_vm::download_packages(packages::SUITES)?;
+        wsl_vm::DebianPackage::built()?;
         wsl_vm::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
     });

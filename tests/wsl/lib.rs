@@ -10,6 +10,7 @@
 //! - `generation.rs`: what WSL itself does for interop, by its version
 //! - `life.rs`: a distro's life under one of these, played and put into words
 //! - `packages.rs`: real packages to install in a distro, as files
+//! - `debian_package.rs`: this project's Debian package, to be installed in a distro
 //! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 //!
 //! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
@@ -19,6 +20,7 @@
 
 mod cgroup;
 mod debian;
+mod debian_package;
 mod distro;
 mod generation;
 pub mod life;
@@ -32,10 +34,11 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-pub use debian::{require, tree};
+pub use debian::require;
+pub use debian_package::DebianPackage;
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
-pub use machine::{succeed, target_directory, Machine};
+pub use machine::Machine;
 pub use packages::download_packages;
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 

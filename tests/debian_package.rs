@@ -1,0 +1,66 @@
+//! The Debian package is built by Debian 13 alone: its tools, its Rust (which is the `rust-version`
+//! of Cargo.toml), its lintian, no network. What it does when it is installed and removed is
+//! played in `scenarios/debian_package.rs`.
+
+use std::fs;
+
+use anyhow::{ensure, Context};
+use wsl_vm::{project, DebianPackage, Machine};
+
+/// The package, or a loud word and `None` where there can be none; in CI that is a failure.
+fn package() -> anyhow::Result<Option<DebianPackage>> {
+    if let Some(lack) = Machine::lacks() {
+        eprintln!("\nTHE DEBIAN PACKAGE IS NOT TESTED: {lack}\n");
+        ensure!(std::env::var_os("CI").is_none(), "{lack}");
+        return Ok(None);
+    }
+    DebianPackage::built().map(Some)
+}
+
+#[test]
+fn debian_builds_it_offline_with_the_oldest_supported_rust() -> anyhow::Result<()> {
+    let Some(package) = package()? else {
+        return Ok(());
+    };
+    let manifest = fs::read_to_string(project().join("Cargo.toml"))?;
+    let claimed = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("rust-version = "))
+        .context("Cargo.toml has no rust-version")?
+        .trim_matches('"');
+    let version = package.run("rustc --version")?;
+    ensure!(
+        version.starts_with(&format!("rustc {claimed}.")),
+        "{version}"
+    );
+    let control = fs::read_to_string(project().join("packaging/debian/control"))?;
+    ensure!(
+        control.contains(&format!(" rustc (>= {claimed}),\n")),
+        "{control}"
+    );
+    let changelog = fs::read_to_string(project().join("packaging/debian/changelog"))?;
+    let expected = concat!("wsl-binfmt-generator (", env!("CARGO_PKG_VERSION"), "-1) ");
+    ensure!(changelog.starts_with(expected), "{changelog}");
+
+    let contents = package.run(
+        "cd /build; dpkg-deb -c wsl-binfmt-generator_*.deb | grep -v '/$' | \
+         sed -E 's/^(.{10}) root\\/root .* \\.(\\/.*)$/\\1 \\2/' | grep -v /usr/share/doc/",
+    )?;
+    let expected = "\
+        -rwxr-xr-x /usr/lib/systemd/system-generators/wsl-binfmt-generator\n\
+        -rw-r--r-- /usr/share/man/man8/wsl-binfmt-generator.8.gz\n\
+        lrwxrwxrwx /usr/bin/wsl-binfmt -> ../lib/systemd/system-generators/wsl-binfmt-generator\n\
+        lrwxrwxrwx /usr/share/man/man8/wsl-binfmt.8.gz -> wsl-binfmt-generator.8.gz\n";
+    assert_eq!(contents, expected);
+    Ok(())
+}
+
+#[test]
+fn lintian_has_nothing_to_say() -> anyhow::Result<()> {
+    let Some(package) = package()? else {
+        return Ok(());
+    };
+    let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
+    assert_eq!(package.run(lintian)?, "");
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! This project's own Debian package, built as distributions build it: in a tree of Debian 13, by
+//! its tools and its Rust, from the source archives, without a network. Built once, and again after
+//! a change.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::UNIX_EPOCH;
+
+use anyhow::{ensure, Context};
+
+use super::debian::{require, tree};
+use super::machine::{succeed, target_directory};
+use super::project;
+use super::vm::Vm;
+
+/// What Debian 13 needs for it.
+const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
+
+/// The package, where it was built, and a later version of it.
+pub struct DebianPackage {
+    /// The tree, with the sources in `/build/wsl-binfmt-generator-VERSION`.
+    pub tree: PathBuf,
+    /// Holds the package and the later one.
+    pub directory: PathBuf,
+}
+
+impl DebianPackage {
+    /// Builds it, or finds it built.
+    pub fn built() -> anyhow::Result<DebianPackage> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _lock = ONE_AT_A_TIME.lock();
+        require("mmdebstrap", "mmdebstrap")?;
+        let trees = target_directory()?.join("wsl-vm/debian");
+        let tree = tree(&trees, "trixie", TOOLS)?;
+        let directory = trees.join("packages");
+        let package = DebianPackage { tree, directory };
+        let recipe = package.directory.join("recipe");
+        let sources = sources()?;
+        if fs::read_to_string(&recipe).is_ok_and(|text| text == sources) {
+            return Ok(package);
+        }
+        eprintln!("building the Debian package, about a minute ...");
+        package.build()?;
+        fs::write(recipe, sources)?;
+        Ok(package)
+    }
+
+    fn build(&self) -> anyhow::Result<()> {
+        let build = self.tree.join("build");
+        for old in [&build, &self.directory] {
+            if old.exists() {
+                fs::remove_dir_all(old)?;
+            }
+            fs::create_dir_all(old)?;
+        }
+        succeed(
+            Command::new(project().join("packaging/make-sources"))
+                .arg(&build)
+                .env("CARGO", std::env::var_os("CARGO").unwrap_or("cargo".into())),
+        )?;
+        // As Debian has its sources: two archives under names of its own, unpacked, and debian/.
+        let unpack = r#"
+            cd /build
+            for archive in *-vendor.tar.gz; do
+                name=${archive%-vendor.tar.gz} version=${archive#wsl-binfmt-generator-}
+                version=${version%-vendor.tar.gz}
+            done
+            tar -xf "$name.tar.gz"
+            tar -xf "$name-vendor.tar.gz" -C "$name"
+            mv "$name.tar.gz" "wsl-binfmt-generator_$version.orig.tar.gz"
+            mv "$name-vendor.tar.gz" "wsl-binfmt-generator_$version.orig-vendor.tar.gz"
+            cp -r "$name/packaging/debian" "$name"
+            cd "$name"
+            dpkg-buildpackage --unsigned-source --unsigned-changes"#;
+        self.run(unpack)?;
+        let later = r#"
+            cd /build
+            dpkg-deb -R wsl-binfmt-generator_*.deb later
+            sed -i 's/^Version: .*/&+later/' later/DEBIAN/control
+            mkdir upgrade
+            dpkg-deb -b later upgrade"#;
+        self.run(later)?;
+        for (from, to) in [("build", "package"), ("build/upgrade", "upgrade")] {
+            let to = self.directory.join(to);
+            fs::create_dir(&to)?;
+            for entry in fs::read_dir(self.tree.join(from))? {
+                let entry = entry?;
+                let name = entry.file_name();
+                if name.to_string_lossy().starts_with("wsl-binfmt-generator_")
+                    && name.to_string_lossy().ends_with(".deb")
+                {
+                    fs::copy(entry.path(), to.join(name))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a shell script in the tree prints, errors included. No network, no home of this
+    /// machine.
+    pub fn run(&self, script: &str) -> anyhow::Result<String> {
+        let output = Command::new("unshare")
+            .args(["--net", "--mount", "--pid", "--fork", "chroot"])
+            .arg(&self.tree)
+            .args(["sh", "-euc"])
+            .arg(format!("exec 2>&1; mount -t proc proc /proc; {script}"))
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", "/nonexistent")
+            .env("LC_ALL", "C.UTF-8")
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "{script}\nfailed:\n{text}");
+        Ok(text)
+    }
+}
+
+impl Vm {
+    /// Puts the package into a distro that is yet to be booted, as `/var/package` and
+    /// `/var/upgrade`.
+    pub fn bring_debian_package(&self, distro: &str) -> anyhow::Result<()> {
+        let inside = Path::new("/vm").join(distro).join("upper/var");
+        fs::create_dir_all(&inside)?;
+        let packages = self.paths.directory.join("debian/packages");
+        succeed(
+            Command::new("cp")
+                .arg("-r")
+                .args(["package", "upgrade"].map(|name| packages.join(name)))
+                .arg(inside),
+        )
+    }
+}
+
+/// All files that the package is made of, and when they were changed.
+fn sources() -> anyhow::Result<String> {
+    let mut list = String::new();
+    let mut directories = vec![project().to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let (name, metadata) = (entry.file_name(), entry.metadata()?);
+            if name == "target" || name == ".git" {
+                continue;
+            }
+            if metadata.is_dir() {
+                directories.push(entry.path());
+            } else {
+                let changed = metadata.modified()?.duration_since(UNIX_EPOCH);
+                let changed = changed.context("a file from before 1970")?.as_nanos();
+                list += &format!("{} {changed}\n", entry.path().display());
+            }
+        }
+    }
+    let mut lines: Vec<_> = list.lines().collect();
+    lines.sort_unstable();
+    Ok(lines.join("\n"))
+}
