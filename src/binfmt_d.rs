@@ -17,9 +17,17 @@ pub struct Rule {
     pub path: String,
 }
 
-/// All rules in use. Of files with one name that in the first directory counts; what cannot be
-/// read, systemd-binfmt could not read either.
+/// All rules in use. What cannot be read, has none.
 pub fn rules(host: &Host) -> Vec<Rule> {
+    let files = files(host);
+    files
+        .iter()
+        .flat_map(|path| parse(&host.text(path), path))
+        .collect()
+}
+
+/// All files in use. Of those with one name that in the first directory counts.
+pub fn files(host: &Host) -> Vec<String> {
     let mut files = BTreeMap::new();
     for directory in BINFMT_D {
         for name in host.names(directory) {
@@ -30,10 +38,7 @@ pub fn rules(host: &Host) -> Vec<Rule> {
             }
         }
     }
-    files
-        .values()
-        .flat_map(|path| parse(&host.text(path), path))
-        .collect()
+    files.into_values().collect()
 }
 
 /// The rules in one file.

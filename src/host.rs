@@ -2,7 +2,7 @@
 //! below `$WSL_BINFMT_ROOT`. What is read here is handed on as plain values.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -44,14 +44,19 @@ pub const GENERATORS: [&str; 5] = [
 ];
 /// Where our generator writes when systemd runs it.
 pub const EARLY: &str = "/run/systemd/generator.early";
+/// What comes before that in systemd's eyes (systemd.unit(5)).
+pub const ABOVE_EARLY: [&str; 3] = [
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+];
 /// There while systemd runs (sd_booted(3)).
 pub const SYSTEMD: &str = "/run/systemd/system";
 /// PID 1 itself, for root only; and the bus, on which it answers everybody.
 pub const SYSTEMD_SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
 /// Where WSL makes the sockets through which Windows programs start.
 pub const INTEROP_SOCKETS: &str = "/run/WSL";
-/// All sockets that have a path, proc_net(5).
-pub const UNIX_SOCKETS: &str = "/proc/net/unix";
+const UNIX_SOCKETS: &str = "/proc/net/unix";
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
 /// The mounts of this process's namespace, proc_pid_mounts(5).
@@ -64,7 +69,7 @@ pub const LOCAL_UNITS: [&str; 3] = [
     "/run/systemd/system",
     "/usr/local/lib/systemd/system",
 ];
-const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
+pub const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 /// The kernel's log.
 pub const KMSG: &str = "/dev/kmsg";
 
@@ -74,6 +79,7 @@ const PID1_ENVIRONMENT: &str = "/proc/1/environ";
 const PID1_CONTAINER: &str = "/run/systemd/container";
 /// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
 const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
+const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
 /// The command that packages install beside the generator.
 const COMMAND: &str = "/usr/bin/wsl-binfmt";
 const INITRD_RELEASE: &str = "/etc/initrd-release";
@@ -203,8 +209,7 @@ impl Host {
     /// is systemd's that count.
     pub fn mount_info(&self) -> io::Result<String> {
         let [distro, own] = MOUNT_INFOS;
-        let bytes = self.read(distro).or_else(|_| self.read(own))?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        fs::read_to_string(self.path(distro)).or_else(|_| fs::read_to_string(self.path(own)))
     }
 
     /// The processes that this one descends from, the nearest first.
@@ -218,6 +223,27 @@ impl Host {
         std::iter::successors(Some(own).filter(|pid| *pid != 0), parent)
             .take(64)
             .collect()
+    }
+
+    /// All sockets that have a path, proc_net(5).
+    ///
+    /// # Errors
+    /// /proc is not mounted.
+    pub fn unix_sockets(&self) -> io::Result<String> {
+        fs::read(self.path(UNIX_SOCKETS)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Whether the mounts of this process are known to be others than the distro's.
+    pub fn is_elsewhere_mounted(&self) -> bool {
+        let [distro, own] = MOUNT_NAMESPACES.map(|path| fs::read_link(self.path(path)));
+        matches!((distro, own), (Ok(distro), Ok(own)) if distro != own)
+    }
+
+    /// Whether there is a file or directory that we may not read.
+    pub fn is_denied(&self, absolute: &str) -> bool {
+        let path = self.path(absolute);
+        let opened = open_without_blocking(&path);
+        opened.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
     }
 
     /// The names in a directory, sorted; none if it cannot be read.

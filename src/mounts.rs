@@ -4,6 +4,10 @@
 /// One mount.
 #[derive(Debug, PartialEq)]
 pub struct Mount<'a> {
+    /// Tells it from others.
+    pub id: &'a str,
+    /// The mount that it lies on.
+    pub parent: &'a str,
     /// What of its file system is mounted; for a bind mount, the file. A deleted one ends with
     /// `//deleted`.
     pub root: &'a str,
@@ -13,18 +17,41 @@ pub struct Mount<'a> {
 
 /// The mount that is seen on a path, which must not have blanks in it.
 pub fn on<'a>(mount_info: &'a str, path: &str) -> Option<Mount<'a>> {
-    let mount = |line: &'a str| {
+    // Later ones lie on earlier ones.
+    all_on(mount_info, path).last()
+}
+
+/// The mount that is seen on a path within another mount. One that lies within a mount below that
+/// is not seen.
+pub fn within<'a>(mount_info: &'a str, path: &str, outer: &Mount) -> Option<Mount<'a>> {
+    let mut seen: Option<Mount> = None;
+    for mount in all_on(mount_info, path) {
+        let below = seen.as_ref().map_or(outer.id, |seen| seen.id);
+        if mount.parent == below {
+            seen = Some(mount);
+        }
+    }
+    seen
+}
+
+fn all_on<'a, 'b>(
+    mount_info: &'a str,
+    path: &'b str,
+) -> impl Iterator<Item = Mount<'a>> + use<'a, 'b> {
+    let mount = move |line: &'a str| {
         let (mount, file_system) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
+        let mut fields = mount.split(' ');
+        let (id, parent, _device) = (fields.next()?, fields.next()?, fields.next()?);
         let root = fields.next()?;
         (fields.next()? == path).then_some(())?;
         Some(Mount {
+            id,
+            parent,
             root,
             kind: file_system.split(' ').next()?,
         })
     };
-    // Later ones lie on earlier ones.
-    mount_info.lines().rev().find_map(mount)
+    mount_info.lines().filter_map(mount)
 }
 
 #[cfg(test)]
@@ -39,12 +66,28 @@ mod tests {
             34 33 0:31 / /proc/sys/fs/binfmt_misc rw - binfmt_misc binfmt_misc rw\n\
             35 34 0:24 /wsl-binfmt/status//deleted /proc/sys/fs/binfmt_misc/status ro - tmpfs t rw\n\
             broken\n";
-        let seen = |path: &str| on(text, path).map(|m| (m.root, m.kind));
+        let seen = |path: &str| on(text, path).map(|m| (m.id, m.parent, m.root, m.kind));
         let table = "/proc/sys/fs/binfmt_misc";
-        assert_eq!(seen(table), Some(("/", "binfmt_misc")));
-        let status = Some(("/wsl-binfmt/status//deleted", "tmpfs"));
+        assert_eq!(seen(table), Some(("34", "33", "/", "binfmt_misc")));
+        let status = Some(("35", "34", "/wsl-binfmt/status//deleted", "tmpfs"));
         assert_eq!(seen(&format!("{table}/status")), status);
         assert_eq!(seen("/proc/sys"), None);
         assert_eq!(seen(""), None);
+    }
+
+    #[test]
+    fn a_mount_within_a_hidden_one_is_not_seen() {
+        let mut text = String::from("34 1 0:31 / /t rw - binfmt_misc b rw\n");
+        let mut seen = |line: &str| {
+            text.push_str(line);
+            let outer = on(&text, "/t").unwrap();
+            within(&text, "/t/s", &outer).map(|mount| mount.root.to_owned())
+        };
+        let some = |root: &str| Some(root.to_owned());
+        assert_eq!(seen(""), None);
+        assert_eq!(seen("35 34 0:24 /a /t/s ro - tmpfs t rw\n"), some("/a"));
+        assert_eq!(seen("36 35 0:24 /b /t/s ro - tmpfs t rw\n"), some("/b"));
+        assert_eq!(seen("37 34 0:31 / /t rw - binfmt_misc b rw\n"), None);
+        assert_eq!(seen("38 37 0:24 /c /t/s ro - tmpfs t rw\n"), some("/c"));
     }
 }

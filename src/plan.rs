@@ -6,7 +6,7 @@ use ini::Ini;
 use crate::wsl_conf::WslConf;
 
 /// Something below the output directory.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// A unit or drop-in, from its template.
     File {
@@ -25,7 +25,7 @@ pub enum Output {
 }
 
 /// What to emit, and what the templates need to know.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Everything that goes below the output directory.
     pub outputs: Vec<Output>,

@@ -116,6 +116,29 @@ impl Entry {
         }
     }
 
+    /// Whether it takes a file that begins so, by a name that ends so. What the file holds further
+    /// on is not known, and so not taken.
+    pub fn takes(&self, extension: &str, head: &[u8]) -> bool {
+        let (offset, magic, mask) = match &self.pattern {
+            Pattern::Extension(own) => return self.enabled && own == extension,
+            Pattern::Magic {
+                offset,
+                magic,
+                mask,
+            } => (*offset, magic, mask),
+        };
+        let mask_at = |i: usize| {
+            mask.as_ref()
+                .map_or(0xff, |mask| mask.get(i).copied().unwrap_or(0))
+        };
+        self.enabled
+            && magic.iter().enumerate().all(|(i, byte)| {
+                let mask = mask_at(i);
+                let there = head.get(offset.saturating_add(i));
+                mask == 0 || there.is_some_and(|there| (there ^ byte) & mask == 0)
+            })
+    }
+
     /// The rule that registers it under this name.
     pub fn rule(&self, name: &str) -> String {
         let hex = |bytes: &[u8]| {
@@ -237,6 +260,19 @@ impl Table {
         read().with_context(|| format!("listing {}", self.directory))
     }
 
+    /// All entries, the newest first. One that is gone since it was listed, or that nobody
+    /// understands, is passed over.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn entries(&self) -> anyhow::Result<Vec<(String, Entry)>> {
+        let entry = |name: String| match self.read(&name) {
+            Ok(Some(entry)) => Some((name, entry)),
+            _ => None,
+        };
+        Ok(self.names()?.into_iter().filter_map(entry).collect())
+    }
+
     /// The entry of that name, if there is one.
     ///
     /// # Errors
@@ -348,6 +384,26 @@ mod tests {
         assert_eq!(magic.rule("a"), r":a:M:4:\x4d\x5a:\xff\x0f:/a b:PF");
         assert_eq!(magic.rule("a:b"), r"|a:b|M|4|\x4d\x5a|\xff\x0f|/a b|PF");
         assert_eq!(entry("extension .exe").rule("a"), ":a:E::exe::/a b:PF");
+    }
+
+    #[test]
+    fn a_program_is_taken_by_its_name_or_its_first_bytes() {
+        for (pattern, taken) in [
+            ("offset 0\nmagic 4d5a", true),
+            ("offset 0\nmagic 4d5a9000", true),
+            ("offset 2\nmagic 9000", true),
+            ("offset 0\nmagic 00009000\nmask 0000ffff", true),
+            ("extension .exe", true),
+            ("extension .EXE", false),
+            ("offset 0\nmagic 4d5a7146", false),
+            ("offset 3\nmagic 0003", false),
+            ("offset 128\nmagic 5045", false),
+        ] {
+            assert_eq!(entry(pattern).takes("exe", b"MZ\x90\0"), taken, "{pattern}");
+        }
+        let mut disabled = entry("extension .exe");
+        disabled.enabled = false;
+        assert!(!disabled.takes("exe", b"MZ"));
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct WslConf {
     pub refused_line: Option<usize>,
     /// Whether it is so long that not all of it was read.
     pub cut: bool,
+    /// `[boot] command=`: what WSL runs as root when the distro starts.
+    pub boot_command: String,
 }
 
 /// WSL reads files of any length. Whatever is longer than this, in bytes, is none that somebody has
@@ -30,6 +32,7 @@ impl Default for WslConf {
             interop_enabled: true,
             refused_line: None,
             cut: false,
+            boot_command: String::new(),
         }
     }
 }
@@ -53,6 +56,9 @@ pub fn parse(bytes: &[u8]) -> anyhow::Result<WslConf> {
         interop_enabled: boolean(&ini, "interop", "enabled").unwrap_or(true),
         refused_line: accepted.refused_line,
         cut: lines.len() < bytes.len(),
+        boot_command: value(&ini, "boot", "command")
+            .unwrap_or_default()
+            .to_owned(),
     })
 }
 
@@ -68,20 +74,23 @@ fn whole_lines(bytes: &[u8]) -> &[u8] {
     start.get(..end).unwrap_or_default()
 }
 
-/// The first value of a setting, if it is a boolean: a later one does not count, even where the
-/// first is none. Names of sections and keys are compared without case, as WSL does.
+/// A setting, if it is a boolean.
 fn boolean(ini: &Ini, section: &str, key: &str) -> Option<bool> {
-    let value = ini
-        .iter()
-        .filter(|(name, _)| name.is_some_and(|n| n.eq_ignore_ascii_case(section)))
-        .flat_map(|(_, settings)| settings.iter())
-        .find(|(name, _)| name.eq_ignore_ascii_case(key))
-        .map(|(_, value)| value.to_ascii_lowercase())?;
-    match value.as_str() {
+    match value(ini, section, key)?.to_ascii_lowercase().as_str() {
         "true" | "1" => Some(true),
         "false" | "0" => Some(false),
         _ => None,
     }
+}
+
+/// The first value of a setting: a later one does not count, even where the first makes no sense.
+/// Names of sections and keys are compared without case, as WSL does.
+fn value<'a>(ini: &'a Ini, section: &str, key: &str) -> Option<&'a str> {
+    ini.iter()
+        .filter(|(name, _)| name.is_some_and(|n| n.eq_ignore_ascii_case(section)))
+        .flat_map(|(_, settings)| settings.iter())
+        .find(|(name, _)| name.eq_ignore_ascii_case(key))
+        .map(|(_, value)| value)
 }
 
 /// The statements that WSL takes, one a line, in rust-ini's own syntax.

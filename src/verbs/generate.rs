@@ -41,38 +41,45 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
 
 /// What the generator makes of a WSL2 distro; `status` tells of the same.
 pub struct Decision {
-    /// What its wsl.conf says.
+    /// What its wsl.conf says, as far as it can be read. A distro without one is as WSL's defaults
+    /// have it; one that is unreadable must not lose its protection.
     pub conf: WslConf,
-    /// What is wrong with its wsl.conf.
+    /// How it was read.
+    pub reading: Reading,
+    /// What is wrong with it, of which its owner should hear.
     pub warning: Option<String>,
     /// What is to be emitted.
     pub plan: Plan,
 }
 
-/// Decides what a WSL2 distro gets.
-pub fn decide(host: &Host) -> Decision {
-    let (conf, warning) = read_wsl_conf(host);
-    let plan = plan::plan(&conf, &host.neighbors());
-    Decision {
-        conf,
-        warning,
-        plan,
-    }
+/// How wsl.conf was read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reading {
+    /// It was.
+    Done,
+    /// There is none.
+    Missing,
+    /// Only root may.
+    Denied,
+    /// It cannot be read at all.
+    Failed,
 }
 
-/// wsl.conf as far as it can be read, and what is wrong with it. A distro without one is as WSL's
-/// defaults have it; one that is unreadable must not lose its protection, but its owner should hear
-/// of it.
-fn read_wsl_conf(host: &Host) -> (WslConf, Option<String>) {
+/// Decides what a WSL2 distro gets.
+pub fn decide(host: &Host) -> Decision {
     let path = host.path(WSL_CONF);
-    let conf = match host.read(WSL_CONF) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return (WslConf::default(), None),
-        read => read
-            .map_err(anyhow::Error::from)
-            .and_then(|bytes| wsl_conf::parse(&bytes)),
-    }
-    .with_context(|| format!("reading {path}"));
-    match conf {
+    let read = host.read(WSL_CONF);
+    let reading = match &read {
+        Ok(_) => Reading::Done,
+        Err(error) if error.kind() == ErrorKind::NotFound => Reading::Missing,
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Reading::Denied,
+        Err(_) => Reading::Failed,
+    };
+    let parsed = read
+        .map_err(anyhow::Error::from)
+        .and_then(|bytes| wsl_conf::parse(&bytes))
+        .with_context(|| format!("reading {path}"));
+    let (conf, warning) = match parsed {
         Ok(conf) => {
             let warning = match conf.refused_line {
                 Some(line) => Some(format!(
@@ -83,6 +90,14 @@ fn read_wsl_conf(host: &Host) -> (WslConf, Option<String>) {
             };
             (conf, warning)
         }
+        Err(_) if reading == Reading::Missing => (WslConf::default(), None),
         Err(error) => (WslConf::default(), Some(format!("{error:#}, ignoring"))),
+    };
+    let plan = plan::plan(&conf, &host.neighbors());
+    Decision {
+        conf,
+        reading,
+        warning,
+        plan,
     }
 }

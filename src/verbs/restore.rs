@@ -152,25 +152,22 @@ pub struct Others {
 }
 
 impl Others {
-    /// Finds them.
-    ///
-    /// # Errors
-    /// The table cannot be listed.
-    pub fn of(table: &Table, host: &Host) -> anyhow::Result<Others> {
+    fn of(table: &Table, host: &Host) -> anyhow::Result<Others> {
+        Ok(Others::among(table.entries()?, host))
+    }
+
+    /// Finds them among all entries, the newest first.
+    pub fn among(entries: Vec<(String, Entry)>, host: &Host) -> Others {
         let mut others = Others {
             shadows: Vec::new(),
             shadowed: Vec::new(),
         };
         let mut ahead = true;
-        for name in table.names()? {
+        for (name, entry) in entries {
             if name == NAME {
                 ahead = false;
                 continue;
             }
-            // Gone since it was listed, or not to be understood: nothing to be done about it.
-            let Ok(Some(entry)) = table.read(&name) else {
-                continue;
-            };
             let superfluous =
                 [LATE, PLACEHOLDER].contains(&name.as_str()) && entry.interpreter == INIT;
             // With `F` the kernel opens the interpreter, and a peer's may not be there for us.
@@ -182,7 +179,7 @@ impl Others {
                 _ => {}
             }
         }
-        Ok(others)
+        others
     }
 }
 

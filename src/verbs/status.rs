@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::host::{Host, SYSTEMD, WSL_CONF};
-use crate::verbs::generate::{self, Decision};
+use crate::verbs::generate::{self, Decision, Reading};
 use crate::wsl::{self, Environment, Verdict};
 use report::{Finding, Harm, Mend, Report};
 
@@ -25,30 +25,40 @@ const PATIENCE: Duration = Duration::from_millis(44);
 const PATIENCE_WITH_WSL_CONF: Duration = Duration::from_millis(15);
 const PATIENCE_WITH_SYSTEMD: Duration = Duration::from_millis(30);
 
-/// What the distro wants, by its wsl.conf. What it does not want is no fault.
+/// What the distro wants, by its wsl.conf, as far as that is known. What it does not want is no
+/// fault.
 #[derive(Clone, Copy)]
 struct Wanted {
     /// Its interop, and the others', protected.
-    protect: bool,
+    protect: Option<bool>,
     /// Windows programs to start.
-    interop: bool,
+    interop: Option<bool>,
 }
 
 impl Wanted {
     /// Something that keeps Windows programs from starting.
     fn interop(&self, check: &'static str, harm: Harm, found: String, mend: Mend) -> Finding {
-        match self.interop {
-            true => Finding::bad(check, harm, found, mend),
-            false => Finding::note(check, found),
-        }
+        fault(self.interop, check, harm, found, mend)
     }
 
     /// Something that protects no longer.
     fn protection(&self, check: &'static str, harm: Harm, found: String, mend: Mend) -> Finding {
-        match self.protect {
-            true => Finding::bad(check, harm, found, mend),
-            false => Finding::note(check, found),
-        }
+        fault(self.protect, check, harm, found, mend)
+    }
+}
+
+/// Something that is bad if what it prevents is wanted.
+fn fault(
+    wanted: Option<bool>,
+    check: &'static str,
+    harm: Harm,
+    found: String,
+    mend: Mend,
+) -> Finding {
+    match wanted {
+        Some(true) => Finding::bad(check, harm, found, mend),
+        Some(false) => Finding::note(check, found),
+        None => Finding::unknown(check, format!("{found}; wsl.conf may have it so")),
     }
 }
 
@@ -76,16 +86,18 @@ fn examine(host: &Host) -> Report {
         None => return Report::of(vec![too_slow("platform")], true),
     }
     let decision = decision.result(start + PATIENCE_WITH_WSL_CONF);
+    let known = decision.as_ref().filter(|d| d.reading != Reading::Denied);
     let wanted = Wanted {
-        protect: decision.as_ref().is_none_or(|d| d.conf.protect_binfmt),
-        interop: decision.as_ref().is_none_or(|d| d.conf.interop_enabled),
+        protect: known.map(|d| d.conf.protect_binfmt),
+        interop: known.map(|d| d.conf.interop_enabled),
     };
+    let plan = known.map(|d| d.plan.clone()).unwrap_or_default();
+    let boot_command = known.map(|d| d.conf.boot_command.clone());
     let mut findings = vec![platform(host)];
     findings.extend(match &decision {
         Some(decision) => wsl_conf(host, decision),
         None => vec![too_slow("wsl.conf")],
     });
-    let plan = decision.map(|decision| decision.plan).unwrap_or_default();
     let systemd_runs = host.path(SYSTEMD).exists();
     // In the order in which what mends them is to be done.
     let pending = [
@@ -93,7 +105,7 @@ fn examine(host: &Host) -> Report {
             "generator",
             Pending::start(host, move |host| match systemd_runs {
                 true => generator::check(host, &wanted, &plan),
-                false => vec![without_systemd(&wanted)],
+                false => vec![without_systemd(host, &wanted)],
             }),
         ),
         (
@@ -107,7 +119,12 @@ fn examine(host: &Host) -> Report {
                 false => Vec::new(),
             }),
         ),
-        ("leftovers", Pending::start(host, leftovers::check)),
+        (
+            "leftovers",
+            Pending::start(host, move |host| {
+                leftovers::check(host, &boot_command.unwrap_or_default())
+            }),
+        ),
         (
             "WSL_INTEROP",
             Pending::start(host, move |host| interop::check(host, &wanted)),
@@ -117,7 +134,7 @@ fn examine(host: &Host) -> Report {
         let found = pending.result(deadline);
         findings.extend(found.unwrap_or_else(|| vec![too_slow(name)]));
     }
-    Report::of(findings, wanted.interop)
+    Report::of(findings, wanted.interop != Some(false))
 }
 
 /// Something that is being looked at, in a thread that is left behind if it takes too long.
@@ -147,7 +164,10 @@ impl<T: Send + 'static> Pending<T> {
 }
 
 fn too_slow(check: &'static str) -> Finding {
-    Finding::unknown(check, "given up, since something there does not answer")
+    Finding::unknown(
+        check,
+        "not finished in time; perhaps something there does not answer",
+    )
 }
 
 /// Where the generator has no business.
@@ -176,15 +196,17 @@ fn capitalised(text: &str) -> String {
 /// A container, perhaps, that does not show that it is one.
 fn without_init() -> Finding {
     let found = format!(
-        "{}: a container, or a distro to which only wsl.exe --shutdown brings it back",
+        "{}: a container, or a distro that has lost it",
         Verdict::NoInit.reason()
     );
-    Finding::unknown("platform", found)
+    let mend = Mend::ByHand("if it is a distro, wsl.exe --shutdown on Windows".to_owned());
+    Finding::unknown("platform", found).mended_by(mend)
 }
 
-fn without_systemd(wanted: &Wanted) -> Finding {
+fn without_systemd(host: &Host, wanted: &Wanted) -> Finding {
     let found = "does not run here, so nothing keeps the entry".to_owned();
-    let mend = Mend::Edit(format!("{WSL_CONF}, section [boot]: systemd=true"));
+    let path = host.path(WSL_CONF);
+    let mend = Mend::Edit(format!("{path}, section [boot]: systemd=true"));
     wanted.protection("systemd", Harm::Unprotected, found, mend)
 }
 
@@ -193,7 +215,10 @@ fn platform(host: &Host) -> Finding {
     match host.pid1_variable("container_host_version_id") {
         Ok(Some(version)) => Finding::good("platform", distro(&version)),
         Ok(None) => Finding::note("platform", distro("unknown: PID 1 has not been told")),
-        Err(_) => Finding::note("platform", distro("unknown: only root can see it")),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            Finding::note("platform", distro("unknown: only root can see it"))
+        }
+        Err(_) => Finding::note("platform", distro("unknown: PID 1 cannot be looked at")),
     }
 }
 
@@ -202,8 +227,7 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
     let check = "wsl.conf";
     let path = host.path(WSL_CONF);
     let conf = &decision.conf;
-    let denied = |error: std::io::Error| error.kind() == ErrorKind::PermissionDenied;
-    if host.read(WSL_CONF).is_err_and(denied) {
+    if decision.reading == Reading::Denied {
         let found = format!("{path}: only root can read it");
         return vec![Finding::unknown(check, found)];
     }
@@ -219,9 +243,9 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
         findings.push(Finding::note(check, format!("{path}: {found}")));
     }
     if findings.is_empty() {
-        let nothing = match path.exists() {
-            true => "",
-            false => "no ",
+        let nothing = match decision.reading {
+            Reading::Missing => "no ",
+            _ => "",
         };
         let found = format!("{nothing}{path}: protection and interop are on");
         findings.push(Finding::good(check, found));

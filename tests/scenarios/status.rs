@@ -103,7 +103,15 @@ fn check_json(name: &str, json: &str, text: &str) -> anyhow::Result<Value> {
     ensure!(verdict.status.success(), "{verdict:?}");
 
     let report: Value = serde_json::from_str(json)?;
-    let of = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    // What would play tricks on a terminal is masked in the text.
+    let mask = |c: char| match c.is_control() || c == '\u{202e}' {
+        true => '?',
+        false => c,
+    };
+    let of = |value: &Value| -> String {
+        let text = value.as_str().unwrap_or_default();
+        text.chars().map(mask).collect()
+    };
     let mut lines = vec![of(&report["summary"])];
     for finding in report["checks"].as_array().context("checks")? {
         let [state, check, found] = ["state", "check", "found"].map(|key| of(&finding[key]));
@@ -350,7 +358,43 @@ pub const STATUS: &[Test] = &[
         let [behind, ahead] = ["ape-behind", "ape-ahead"].map(|name| register(&ape(name)));
         unwatched(vm, "ape", &format!("{behind}; {renew}; {ahead}"))
     }),
+    ("status: Wine claims nearly all Windows programs", |vm| {
+        done(
+            vm,
+            "rival-longer",
+            &register(r":wine:M::MZ\x90\x00::/bin/echo:"),
+        )
+    }),
+    ("status: only the second entry of WSL's is there", |vm| {
+        let late = register(":WSLInterop-late:M::MZ::/init:P");
+        let only = format!("echo -1 >{TABLE}/WSLInterop; {late}");
+        unwatched(vm, "entry-only-late", &only)
+    }),
+    (
+        "status: the entry is disabled and for something else",
+        |vm| {
+            let off = format!("echo 0 >{TABLE}/WSLInterop");
+            let how = registered_as("E::exe::/init:PF");
+            unwatched(vm, "entry-pattern-disabled", &format!("{how}; {off}"))
+        },
+    ),
     // The status file.
+    ("status: the table is mounted once more", |vm| {
+        // mount(8) of Debian 13 does not mind.
+        let again = format!("mount -t binfmt_misc binfmt_misc {TABLE}");
+        done(vm, "status-stacked", &again)
+    }),
+    ("status: the status file is bound over itself", |vm| {
+        let bind = format!("umount {TABLE}/status; mount --bind {TABLE}/status {TABLE}/status");
+        done(vm, "status-itself", &bind)
+    }),
+    ("status: in a shell with mounts of its own", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run(&format!("umount {TABLE}/status"));
+        // What mends it is run where it was found.
+        let own = "unshare --mount --propagation private env WSL_INTEROP=/run/WSL/8_interop";
+        examine(&distro, "other-mounts", own)
+    }),
     ("status: the status file is open", |vm| {
         done(vm, "status-open", &format!("umount {TABLE}/status"))
     }),
@@ -401,6 +445,31 @@ pub const STATUS: &[Test] = &[
         let masked = distro(vm, "trixie").masked("systemd-binfmt.service");
         booted("binfmt-masked", masked)
     }),
+    (
+        "status: systemd-binfmt is masked until the next boot",
+        |vm| {
+            let mask = "systemctl mask --quiet --runtime systemd-binfmt";
+            let distro = distro(vm, "trixie").boot()?;
+            distro.run(&format!("{mask}; systemctl stop systemd-binfmt"));
+            let text = look(&distro, SOCKET, "");
+            compare("binfmt-masked-runtime", &text)?;
+            // Only a note, but it is to hold.
+            let (_, command) = text
+                .split_once("run as root: systemctl unmask --runtime")
+                .context("no command")?;
+            let command = command.lines().next().unwrap_or_default();
+            let said = distro.run(&format!("systemctl unmask --quiet --runtime {command}"));
+            ensure!(said.is_empty(), "{said}");
+            ensure!(distro.run("systemctl is-active systemd-binfmt") == "active\n");
+            Ok(())
+        },
+    ),
+    ("status: rules that an ordinary user may not read", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run("chmod 600 /etc/binfmt.d/test.conf");
+        let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        examine(&distro, "rules-unreadable", &format!("{SOCKET} {user}"))
+    }),
     ("status: systemd-binfmt is stopped", |vm| {
         done(vm, "binfmt-stopped", "systemctl stop systemd-binfmt")
     }),
@@ -421,6 +490,22 @@ pub const STATUS: &[Test] = &[
         let distro = distro(vm, "trixie").file(drop_in, "[Service]\nBindPaths=\n");
         booted("drop-in-overridden", distro)
     }),
+    (
+        "status: our drop-in is overridden by one that does more",
+        |vm| {
+            let directory = "/etc/systemd/system/systemd-binfmt.service.d";
+            let distro = distro(vm, "trixie")
+                .file(
+                    &format!("{directory}/20-mine.conf"),
+                    "[Service]\nBindPaths=/etc/hostname:/run/hostname\n",
+                )
+                .file(
+                    &format!("{directory}/zz.conf"),
+                    "[Service]\nNice=1\nBindPaths =\n",
+                );
+            booted("drop-in-overridden-by-more", distro)
+        },
+    ),
     ("status: our drop-in is replaced", |vm| {
         let directory = "/etc/systemd/system.control/systemd-binfmt.service.d";
         let replace = format!(
@@ -471,6 +556,14 @@ pub const STATUS: &[Test] = &[
              chmod 644 {generator}; systemctl daemon-reload"
         );
         done(vm, "generator-not-executable", &chmod)
+    }),
+    ("status: a generator that systemd passes over", |vm| {
+        let directory = "/etc/systemd/system-generators";
+        let not_executable = format!("{directory}/wsl-binfmt-generator");
+        booted(
+            "generator-passed-over",
+            distro(vm, "trixie").file(&not_executable, "x"),
+        )
     }),
     ("status: the generator can be written by everybody", |vm| {
         let chmod = "chmod 777 /usr/lib/systemd/system-generators/wsl-binfmt-generator";
@@ -554,6 +647,42 @@ pub const STATUS: &[Test] = &[
             state("leftover-units", distro, enable)
         },
     ),
+    ("status: leftovers that do something else, too", |vm| {
+        let register = "echo :WSLInterop:M::MZ::/init:P >/proc/sys/fs/binfmt_misc/register";
+        let other = RULE.replace("testfmt", "other");
+        let rules = format!(":WSLInterop:M::MZ::/init:P\n{other}\n");
+        let drop_in = format!("[Service]\nNice=1\nExecStartPost=-/bin/sh -c '{register}'\n");
+        let unit = format!("[Service]\nExecStart=-/bin/sh -c '{register}'\n");
+        let conf = format!("[boot]\ncommand=sh -c '{register}'\n");
+        let distro = distro(vm, "trixie")
+            .file("/etc/binfmt.d/all.conf", &rules)
+            .file(
+                "/etc/systemd/system/systemd-binfmt.service.d/override.conf",
+                &drop_in,
+            )
+            .file("/usr/local/lib/systemd/system/fix@.service", &unit)
+            .file("/etc/wsl.conf", &conf);
+        let enable = "mkdir -p /etc/systemd/system/multi-user.target.wants; \
+                      ln -s /usr/local/lib/systemd/system/fix@.service \
+                      /etc/systemd/system/multi-user.target.wants/fix@a.service";
+        state("leftover-mixed", distro, enable)
+    }),
+    ("status: names that mean something to a shell", |vm| {
+        let hostile = "/etc/binfmt.d/a $(touch pwned).conf";
+        let rule = ":WSLInterop:M::MZ::/init:P\n";
+        let distro = distro(vm, "trixie")
+            .file(hostile, rule)
+            .file("/etc/binfmt.d/b\n\u{202e}.conf", rule)
+            .boot()?;
+        let listen = "perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0); \
+                      bind(S, sockaddr_un(\"/run/WSL/\\$(id)_interop\")); listen(S, 1); \
+                      sleep 100' &";
+        distro.run(&format!("({listen}) >/dev/null 2>&1; sleep 1; ls /run/WSL"));
+        examine(&distro, "hostile-names", "")?;
+        let left = distro.run("ls -d /pwned /etc/binfmt.d/[ab]* 2>/dev/null");
+        ensure!(left.is_empty(), "{left}");
+        Ok(())
+    }),
     ("status: a link to a unit of older WSL", |vm| {
         let link = "cd /etc/systemd/system; mkdir -p default.target.wants; \
                     ln -s /run/systemd/generator.early/wsl-binfmt.service default.target.wants";
@@ -676,6 +805,13 @@ pub const STATUS: &[Test] = &[
             said.matches("unknown ").count() == 1
         });
         compare("conf-dead", &said)
+    }),
+    ("status: the watcher is masked", |vm| {
+        let mask = "mkdir -p /etc/systemd/system.control; \
+                    ln -s /dev/null /etc/systemd/system.control/wsl-interop-restore.service; \
+                    systemctl daemon-reload; systemctl stop wsl-interop-restore.service";
+        // The old one shows masks as /dev/null.
+        state("watcher-masked", distro(vm, "bullseye"), mask)
     }),
     ("status: systemd does not answer", |vm| {
         let distro = distro(vm, "trixie").boot()?;

@@ -5,89 +5,126 @@ use std::os::unix::fs::PermissionsExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::report::{Finding, Harm, Mend};
+use super::report::{word, Finding, Harm, Mend};
 use super::Wanted;
 use crate::host::{self, Host, EARLY, GENERATORS};
 use crate::plan::{Output, Plan};
 use crate::units;
 
+const CHECK: &str = "generator";
 const NAME: &str = env!("CARGO_PKG_NAME");
 
 /// Looks for the file that counts, at how it is, and at what it has written.
 pub fn check(host: &Host, wanted: &Wanted, plan: &Plan) -> Vec<Finding> {
-    let candidates = GENERATORS.map(|directory| host.path(directory).join(NAME));
-    let found = candidates
-        .iter()
-        .find(|path| path.symlink_metadata().is_ok());
-    let Some(path) = found else {
-        return vec![missing(host, wanted)];
-    };
-    let run = |change: &str| Mend::AsRoot(format!("{change} {path} && systemctl daemon-reload"));
-    let fault =
-        |found: String, mend| wanted.protection("generator", Harm::Unprotected, found, mend);
-    let metadata = match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() && metadata.len() > 0 => metadata,
-        Ok(_) => return vec![fault(format!("masked by {path}"), run("rm"))],
-        Err(error) => return vec![fault(format!("{path}: {error}"), run("rm"))],
-    };
-    let mode = metadata.permissions().mode();
-    if mode & 0o111 == 0 {
-        return vec![fault(format!("{path} is not executable"), run("chmod 755"))];
-    }
     let mut findings = Vec::new();
-    if mode & 0o002 != 0 {
-        let found = format!("{path} can be written by everybody, and systemd runs it as root");
-        let mend = Mend::AsRoot(format!("chmod o-w {path}"));
-        findings.push(Finding::bad("generator", Harm::Unprotected, found, mend));
+    let mut unusable = None;
+    for directory in GENERATORS {
+        let path = host.path(directory).join(NAME);
+        match fate(&path) {
+            Fate::Absent => {}
+            Fate::Masks => {
+                let mend = Mend::AsRoot(format!("rm {} && {RELOAD}", word(&path)));
+                return vec![fault(wanted, format!("masked by {path}"), mend)];
+            }
+            // systemd passes over it, and takes the next one.
+            Fate::Unusable(found) => {
+                unusable.get_or_insert((path, found));
+            }
+            Fate::Runs { by_everybody } => {
+                findings.extend(by_everybody.then(|| writable(&path)));
+                findings.extend(stale(host, wanted, plan, &path));
+                if findings.is_empty() {
+                    findings.push(Finding::good(CHECK, path.as_str()));
+                }
+                return findings;
+            }
+        }
     }
-    let stale = stale(host, plan, path);
-    if !stale.is_empty() {
-        let reload = Mend::AsRoot("systemctl daemon-reload".to_owned());
-        let found = format!(
-            "{path} has not written as it would now: {}",
-            stale.join(", ")
-        );
-        findings.push(fault(found, reload));
-    }
-    if findings.is_empty() {
-        findings.push(Finding::good("generator", path.as_str()));
-    }
-    findings
+    vec![match unusable {
+        Some((path, found)) => {
+            let mend = Mend::AsRoot(format!("chmod 755 {} && {RELOAD}", word(&path)));
+            fault(wanted, format!("{path} {found}"), mend)
+        }
+        None => missing(host, wanted),
+    }]
 }
 
+const RELOAD: &str = "systemctl daemon-reload";
+
+fn fault(wanted: &Wanted, found: String, mend: Mend) -> Finding {
+    wanted.protection(CHECK, Harm::Unprotected, found, mend)
+}
+
+/// What systemd makes of a file where it looks for generators.
+enum Fate {
+    Absent,
+    Masks,
+    Unusable(&'static str),
+    Runs { by_everybody: bool },
+}
+
+fn fate(path: &Utf8Path) -> Fate {
+    let is_null = path
+        .read_link_utf8()
+        .is_ok_and(|target| target == "/dev/null");
+    let Ok(metadata) = fs::metadata(path) else {
+        return Fate::Absent;
+    };
+    let mode = metadata.permissions().mode();
+    match metadata.is_file() {
+        _ if is_null => Fate::Masks,
+        true if metadata.len() == 0 => Fate::Masks,
+        true if mode & 0o111 == 0 => Fate::Unusable("is not executable"),
+        true => Fate::Runs {
+            by_everybody: mode & 0o002 != 0,
+        },
+        false => Fate::Absent,
+    }
+}
+
+fn writable(path: &Utf8Path) -> Finding {
+    let found = format!("{path} can be written by everybody, and systemd runs it as root");
+    let mend = Mend::AsRoot(format!("chmod o-w {}", word(path)));
+    Finding::bad(CHECK, Harm::Unprotected, found, mend)
+}
+
+/// A copy, since a link could lead to where somebody else may write.
 fn missing(host: &Host, wanted: &Wanted) -> Finding {
-    let directory = host.path(GENERATORS[1]);
+    let [_, etc, ..] = GENERATORS;
+    let path = host.path(etc).join(NAME);
     let exe = host::executable().unwrap_or_else(|_| Utf8PathBuf::from(NAME));
-    let command = format!(
-        "mkdir -p {directory} && ln -s {exe} {directory}/{NAME} && systemctl daemon-reload"
-    );
-    wanted.protection(
-        "generator",
-        Harm::Unprotected,
-        "not installed where systemd looks for it".to_owned(),
-        Mend::AsRoot(command),
+    let install = format!("install -D -m 755 {} {}", word(exe), word(path));
+    let found = "not installed where systemd looks for it".to_owned();
+    fault(
+        wanted,
+        found,
+        Mend::AsRoot(format!("{install} && {RELOAD}")),
     )
 }
 
 /// What is not there, or not as it would be written now: by a generator that was installed or
 /// upgraded since, or with another wsl.conf.
-fn stale(host: &Host, plan: &Plan, generator: &Utf8Path) -> Vec<&'static str> {
+fn stale(host: &Host, wanted: &Wanted, plan: &Plan, generator: &Utf8Path) -> Option<Finding> {
     let early = host.path(EARLY);
-    let exe = generator
-        .canonicalize_utf8()
-        .unwrap_or_else(|_| generator.to_owned());
+    let exe = generator.canonicalize_utf8();
+    let exe = exe.unwrap_or_else(|_| generator.to_owned());
     let differs = |output: &&Output| match output {
         Output::File { path, template } => {
             let text = units::fill(template, &exe, plan.interop);
             host.text(&format!("{EARLY}/{path}")) != text
         }
-        Output::Link { path, target } => early
-            .join(path)
-            .read_link_utf8()
-            .map_or(true, |link| link != *target),
+        Output::Link { path, target } => {
+            let link = early.join(path).read_link_utf8();
+            link.map_or(true, |link| link != *target)
+        }
     };
     let path = |output: &Output| match output {
         Output::File { path, .. } | Output::Link { path, .. } => *path,
     };
-    plan.outputs.iter().filter(differs).map(path).collect()
+    let stale: Vec<_> = plan.outputs.iter().filter(differs).map(path).collect();
+    (!stale.is_empty()).then(|| {
+        let stale = stale.join(", ");
+        let found = format!("{generator} has not written as it would now: {stale}");
+        fault(wanted, found, Mend::AsRoot(RELOAD.to_owned()))
+    })
 }

@@ -1,38 +1,38 @@
 //! `$WSL_INTEROP`: the socket through which /init has a program started on Windows. As WSL has it
 //! (UtilConnectToInteropServer), that of the variable, or if there is none, of the nearest ancestor.
 
+use std::os::unix::fs::MetadataExt;
+
 use camino::Utf8Path;
 
-use super::report::{Finding, Harm, Mend};
+use super::report::{word, Finding, Harm, Mend};
 use super::Wanted;
-use crate::host::{variable, Host, INTEROP_SOCKETS, UNIX_SOCKETS};
+use crate::host::{variable, Host, INTEROP_SOCKETS};
 
 const CHECK: &str = "WSL_INTEROP";
 
 /// Looks for the socket that /init would take in the shell that asks.
 pub fn check(host: &Host, wanted: &Wanted) -> Vec<Finding> {
-    let name = CHECK;
-    let sockets = host.text(UNIX_SOCKETS);
-    if sockets.is_empty() {
-        return vec![Finding::unknown(name, "the list of sockets cannot be read")];
-    }
+    let Ok(sockets) = host.unix_sockets() else {
+        return vec![Finding::unknown(
+            CHECK,
+            "the list of sockets cannot be read",
+        )];
+    };
     let alive = |path: &str| listens(host, &sockets, path);
     let fault = |found: String| {
-        let live = host
-            .names(INTEROP_SOCKETS)
-            .into_iter()
-            .map(|socket| format!("{INTEROP_SOCKETS}/{socket}"))
-            .find(|path| path.ends_with("_interop") && alive(path));
-        let mend = match live {
-            Some(path) => Mend::InShell(format!("export WSL_INTEROP={path}")),
-            None => Mend::InShell("exit, and open a new terminal of this distro".to_owned()),
+        let names = host.names(INTEROP_SOCKETS).into_iter();
+        let mut paths = names.filter(|name| is_wsls(host, name)).map(of_wsl);
+        let mend = match paths.find(|path| alive(path)) {
+            Some(path) => Mend::InShell(format!("export WSL_INTEROP={}", word(path))),
+            None => Mend::ByHand("open a new terminal of this distro".to_owned()),
         };
-        wanted.interop(name, Harm::Broken, found, mend)
+        wanted.interop(CHECK, Harm::Broken, found, mend)
     };
     let value = variable("WSL_INTEROP");
     if let Some(path) = &value {
         if alive(path) {
-            return vec![Finding::good(name, format!("{path} is listened on"))];
+            return vec![Finding::good(CHECK, format!("{path} is listened on"))];
         }
         if host.path(path).exists() {
             return vec![fault(format!("{path} is dead: nobody listens on it"))];
@@ -42,16 +42,26 @@ pub fn check(host: &Host, wanted: &Wanted) -> Vec<Finding> {
         Some(path) => format!("stale: there is no {path}"),
         None => "not set".to_owned(),
     };
-    let inherited = host
-        .ancestors()
-        .into_iter()
-        .map(|pid| format!("{INTEROP_SOCKETS}/{pid}_interop"))
+    let ancestors = host.ancestors().into_iter();
+    let inherited = ancestors
+        .map(|pid| of_wsl(format!("{pid}_interop")))
         .find(|path| host.path(path).exists());
     vec![match inherited {
-        Some(path) if alive(&path) => Finding::note(name, format!("{how}; {path} serves instead")),
+        Some(path) if alive(&path) => Finding::note(CHECK, format!("{how}; {path} serves instead")),
         Some(path) => fault(format!("{how}, and nobody listens on {path}")),
         None => fault(format!("{how}, and no ancestor of this shell has a socket")),
     }]
+}
+
+fn of_wsl(name: String) -> String {
+    format!("{INTEROP_SOCKETS}/{name}")
+}
+
+/// Everybody may make files there. WSL's own are root's, and called `PID_interop`.
+fn is_wsls(host: &Host, name: &str) -> bool {
+    let number = name.strip_suffix("_interop").unwrap_or_default();
+    let path = host.path(&of_wsl(name.to_owned()));
+    number.parse::<u32>().is_ok() && path.metadata().is_ok_and(|m| m.uid() == 0)
 }
 
 /// Whether somebody listens on a socket. Connecting would tell too, but also reach WSL, and could
@@ -68,10 +78,8 @@ fn has(line: &str, path: &Utf8Path) -> bool {
     let mut fields = line.split_ascii_whitespace().skip(3);
     let flags = fields.next().and_then(|f| u32::from_str_radix(f, 16).ok());
     let listening = flags.is_some_and(|flags| flags & 0x10000 != 0);
-    listening
-        && line
-            .split_once(" /")
-            .is_some_and(|(_, rest)| path == format!("/{rest}").as_str())
+    let own = line.split_once(" /").map(|(_, rest)| format!("/{rest}"));
+    listening && own.is_some_and(|own| own == path.as_str())
 }
 
 #[cfg(test)]

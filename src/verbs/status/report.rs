@@ -48,6 +48,8 @@ pub enum Mend {
     InShell(String),
     /// A file to be edited, and how.
     Edit(String),
+    /// Something that no command does.
+    ByHand(String),
 }
 
 impl Finding {
@@ -213,14 +215,42 @@ impl Mend {
             Mend::AsRoot(command) => ("run-as-root", command),
             Mend::InShell(command) => ("run-in-this-shell", command),
             Mend::Edit(file) => ("edit", file),
+            Mend::ByHand(deed) => ("by-hand", deed),
         }
     }
 }
 
-/// Names in the table and paths are other people's: none of them may play tricks on a terminal.
+/// Names in the table and paths are other people's: none of them may play tricks on a terminal, nor
+/// by the direction of what is written.
 fn printable(text: &str) -> String {
-    let mask = |c: char| if c.is_control() { '?' } else { c };
+    let tricky = |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
+    let mask = |c: char| if c.is_control() || tricky(c) { '?' } else { c };
     text.chars().map(mask).collect()
+}
+
+/// A word of a shell command that is to be run just so, whatever is in a name.
+pub fn word(text: impl AsRef<str>) -> String {
+    let text = text.as_ref();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._:@+=-".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    if text
+        .chars()
+        .all(|c| printable(c.encode_utf8(&mut [0; 4])) != "?" || c == '?')
+    {
+        return format!("'{}'", text.replace('\'', r"'\''"));
+    }
+    // What is shown has to be what is run, in any shell.
+    let mut word = String::from("\"$(printf '");
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && plain(byte.into()) {
+            word.push(byte.into());
+        } else {
+            let _ = write!(word, "\\{byte:03o}");
+        }
+    }
+    word + "')\""
 }
 
 /// A string of JSON, RFC 8259.
@@ -276,6 +306,25 @@ mod tests {
         assert!(report.text(false).ends_with(&format!("\n{line}")));
         let coloured = report.text(true);
         assert!(coloured.contains("\x1b[36mnote   \x1b[m  entry            ?[2J"));
+    }
+
+    #[test]
+    fn a_word_is_one_to_the_shell() {
+        for (text, expected) in [
+            ("/a/b-1.conf", "/a/b-1.conf"),
+            ("a b", "'a b'"),
+            ("$(id)", "'$(id)'"),
+            ("it's", r"'it'\''s'"),
+            ("", "''"),
+            ("a\nb'\u{202e}", r#""$(printf 'a\012b\047\342\200\256')""#),
+        ] {
+            assert_eq!(word(text), expected);
+            let command = format!("printf %s {expected}");
+            let output = std::process::Command::new("bash")
+                .args(["-c", &command])
+                .output();
+            assert_eq!(output.unwrap().stdout, text.as_bytes(), "{expected}");
+        }
     }
 
     #[test]

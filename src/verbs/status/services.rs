@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::report::{Finding, Harm, Mend};
-use super::{table, Wanted};
+use super::report::{word, Finding, Harm, Mend};
+use super::{fault, table, Wanted};
 use crate::binfmt_d;
-use crate::host::{Host, BINFMT_MISC, EARLY, FORMATS, LOCAL_UNITS, SYSTEMD_SOCKETS};
+use crate::host::{
+    Host, ABOVE_EARLY, BINFMT_MISC, EARLY, FORMATS, LOCAL_UNITS, SYSTEMD_SOCKETS, VENDOR_UNITS,
+};
 use crate::systemd::{self, Condition, Unit};
 
 const SYSTEMD_BINFMT: &str = "systemd-binfmt.service";
@@ -34,7 +36,10 @@ pub fn check(host: &Host, wanted: &Wanted, deadline: Instant) -> Vec<Finding> {
         support,
     ));
     findings.push(ours(host, wanted.protect, "guard", GUARD, guard));
-    let watches = wanted.protect && wanted.interop;
+    let watches = match (wanted.protect, wanted.interop) {
+        (Some(protect), Some(interop)) => Some(protect && interop),
+        _ => None,
+    };
     findings.push(ours(host, watches, "watcher", RESTORE, restore));
     findings
 }
@@ -67,12 +72,18 @@ fn registrar(
         return vec![Finding::note(check, "not installed")];
     }
     if unit.load_state == "masked" {
-        let unmask = format!("systemctl unmask {name} && systemctl start {name}");
+        let [_, runtime, _] = LOCAL_UNITS;
+        let runtime = host.path(&format!("{runtime}/{name}"));
+        let how = match runtime.symlink_metadata().is_ok() {
+            true => "unmask --runtime",
+            false => "unmask",
+        };
+        let unmask = format!("systemctl {how} {name} && systemctl start {name}");
         let found = "masked: its rules are not registered";
         return vec![Finding::note(check, found).mended_by(Mend::AsRoot(unmask))];
     }
     let mut findings = vec![state(host, check, name, unit)];
-    findings.extend(drop_in(host, wanted, check, unit));
+    findings.extend(drop_in(host, wanted, check, name, unit));
     findings
 }
 
@@ -88,6 +99,16 @@ fn rules(host: &Host, name: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// A file of such rules that only root may read.
+fn denied(host: &Host, name: &str) -> Option<String> {
+    let mut files = match name {
+        SYSTEMD_BINFMT => binfmt_d::files(host),
+        _ => Vec::new(),
+    };
+    files.retain(|path| host.is_denied(path));
+    files.pop()
+}
+
 /// The state of such a service, measured by what it is for.
 fn state(host: &Host, check: &'static str, name: &str, unit: &Unit) -> Finding {
     let rules = rules(host, name);
@@ -96,7 +117,8 @@ fn state(host: &Host, check: &'static str, name: &str, unit: &Unit) -> Finding {
         "failed" => format!("failed ({})", unit.result),
         state => state.to_owned(),
     };
-    let Some(table) = table::readable(host) else {
+    let mounts = host.mount_info().unwrap_or_default();
+    let Some(table) = table::readable(host, &mounts) else {
         return Finding::note(check, format!("{state}; its rules cannot be seen"));
     };
     let mut missing = rules;
@@ -107,6 +129,9 @@ fn state(host: &Host, check: &'static str, name: &str, unit: &Unit) -> Finding {
         true => format!("rules registered: all {all}"),
         false => format!("rules not registered: {}", names.join(", ")),
     };
+    if let Some(path) = denied(host, name) {
+        return Finding::unknown(check, format!("{state}; {path}: only root can read it"));
+    }
     match (
         unit.active_state.as_str(),
         unit.tested && !unit.conditions_held,
@@ -174,72 +199,119 @@ fn skipped(
         None => format!("maybe {} in {path}", condition.text),
     };
     let found = format!("{by}, {place}; {registered}");
-    let remove = match LOCAL_UNITS.iter().any(|local| path.starts_with(local)) {
-        true => format!("rm {path}"),
-        // A package's would come back.
-        false => {
-            let directory = format!("/etc/systemd/system/{name}.d");
+    let restart = format!("systemctl daemon-reload && systemctl restart {name}");
+    let is_it = |line: &str| line == condition.text;
+    Finding::note(check, found).mended_by(without_settings(host, name, &path, is_it, &restart))
+}
+
+/// Takes settings out of a drop-in: the whole of it if they are all that it has, of the admin's for
+/// good, of a package's, which would come back, by a mask.
+fn without_settings(
+    host: &Host,
+    unit: &str,
+    path: &str,
+    is_one: impl Fn(&str) -> bool,
+    then: &str,
+) -> Mend {
+    let text = host.text(path);
+    let mut settings = text.lines().map(str::trim).filter(|line| {
+        let ignored = line.is_empty() || line.starts_with(['#', ';', '[']);
+        !ignored
+    });
+    if !settings.all(is_one) {
+        return Mend::Edit(format!("{path}: without that; then {then}"));
+    }
+    let vendor = VENDOR_UNITS
+        .iter()
+        .any(|directory| path.starts_with(directory));
+    Mend::AsRoot(match vendor {
+        false => format!("rm {} && {then}", word(path)),
+        true => {
+            let [etc, ..] = LOCAL_UNITS;
             let file = path.rsplit('/').next().unwrap_or_default();
-            format!("mkdir -p {directory} && ln -s /dev/null {directory}/{file}")
+            let mask = word(format!("{etc}/{unit}.d/{file}"));
+            format!("mkdir -p {etc}/{unit}.d && ln -s /dev/null {mask} && {then}")
         }
-    };
-    Finding::note(check, found).mended_by(Mend::AsRoot(format!(
-        "{remove} && systemctl daemon-reload && systemctl restart {name}"
-    )))
+    })
 }
 
 /// Whether the service is kept from emptying the table. What counts is what systemd made of all
 /// drop-ins.
-fn drop_in(host: &Host, wanted: &Wanted, check: &'static str, unit: &Unit) -> Option<Finding> {
+fn drop_in(
+    host: &Host,
+    wanted: &Wanted,
+    check: &'static str,
+    name: &str,
+    unit: &Unit,
+) -> Option<Finding> {
     let status = format!("{BINFMT_MISC}/status");
-    if !wanted.protect || unit.binds_over.contains(&status) {
+    if wanted.protect == Some(false) || unit.binds_over.contains(&status) {
         return None;
     }
+    let reload = "systemctl daemon-reload";
     let early = host.path(EARLY);
-    let ours = |path: &&String| path.starts_with(early.as_str()) && path.ends_with(DROP_IN);
-    let others = || unit.drop_in_paths.iter().filter(|path| !ours(path));
-    let overrides = |path: &&String| {
+    let others = || {
+        let ours = |path: &&String| path.starts_with(early.as_str());
+        unit.drop_in_paths.iter().filter(move |path| !ours(path))
+    };
+    // An empty assignment takes back all that came before it.
+    let takes_back = |line: &str| {
+        let (key, value) = line.split_once('=').unwrap_or_default();
+        key.trim() == "BindPaths" && value.trim().is_empty()
+    };
+    let resets = |path: &&String| {
         let text = host.text(path);
-        path.ends_with(DROP_IN) || text.lines().any(|line| line.starts_with("BindPaths="))
+        let mut lines = text.lines();
+        lines.any(takes_back)
     };
-    let (found, mend) = match others().find(overrides) {
-        Some(path) => (
+    let ours_by_name = |path: &&String| path.ends_with(&format!("/{DROP_IN}"));
+    let (found, mend) = if let Some(path) = others().find(ours_by_name) {
+        (
             format!("our drop-in {DROP_IN} is overridden by {path}"),
-            format!("rm {path} && systemctl daemon-reload"),
-        ),
-        None => (
+            Mend::AsRoot(format!("rm {} && {reload}", word(path))),
+        )
+    } else if let Some(path) = others().rfind(resets) {
+        (
+            format!("our drop-in {DROP_IN} is overridden by {path}"),
+            without_settings(host, name, path, |line| takes_back(line), reload),
+        )
+    } else {
+        (
             format!("our drop-in {DROP_IN} is not loaded"),
-            "systemctl daemon-reload".to_owned(),
-        ),
+            Mend::AsRoot(reload.to_owned()),
+        )
     };
-    let mend = Mend::AsRoot(mend);
-    Some(Finding::bad(check, Harm::Degraded, found, mend))
+    Some(wanted.protection(check, Harm::Degraded, found, mend))
 }
 
 /// A service that the generator emits.
-fn ours(host: &Host, wanted: bool, check: &'static str, name: &str, unit: &Unit) -> Finding {
+fn ours(
+    host: &Host,
+    wanted: Option<bool>,
+    check: &'static str,
+    name: &str,
+    unit: &Unit,
+) -> Finding {
     let start = format!("systemctl start {name}");
     let reload = "systemctl daemon-reload";
-    let fault = |found: String, command: String| match wanted {
-        true => Finding::bad(check, Harm::Unprotected, found, Mend::AsRoot(command)),
-        false => Finding::note(check, found),
+    let fault = |found: String, command: String| {
+        let mend = Mend::AsRoot(command);
+        fault(wanted, check, Harm::Unprotected, found, mend)
     };
-    let early = host.path(EARLY);
     let state = unit.active_state.as_str();
-    match unit.load_state.as_str() {
-        "not-found" if !wanted => {
-            return Finding::good(check, format!("no {name}, as wsl.conf has it"))
+    if unit.load_state == "not-found" {
+        if wanted == Some(false) {
+            return Finding::good(check, format!("no {name}, as wsl.conf has it"));
         }
-        "not-found" => {
-            let found = format!("{name} is not loaded");
-            return fault(found, format!("{reload} && {start}"));
-        }
-        _ if !unit.fragment_path.starts_with(early.as_str()) => {
-            let path = &unit.fragment_path;
-            let found = format!("{name} is overridden by {path}, {state}");
-            return fault(found, format!("rm {path} && {reload} && {start}"));
-        }
-        _ => {}
+        let found = format!("{name} is not loaded");
+        return fault(found, format!("{reload} && {start}"));
+    }
+    // What lies above ours. systemd before 250 shows a mask as /dev/null.
+    let above = ABOVE_EARLY.map(|directory| host.path(directory).join(name));
+    let above = above.iter().find(|path| path.symlink_metadata().is_ok());
+    if let Some(path) = above {
+        let found = format!("{name} is overridden by {path}, {state}");
+        return fault(found, format!("rm {} && {reload} && {start}", word(path)));
     }
     let changed = match unit.drop_in_paths.is_empty() {
         true => String::new(),

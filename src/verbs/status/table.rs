@@ -10,47 +10,77 @@ use nix::errno::Errno;
 use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::unistd::fexecve;
 
-use super::report::{Finding, Harm, Mend};
+use super::report::{word, Finding, Harm, Mend};
 use super::Wanted;
 use crate::host::{Host, BINFMT_MISC, GUARD_FILE, INIT};
 use crate::mounts;
 use crate::registry::{Claim, Entry, Pattern, Table};
 use crate::verbs::restore::{self, Others, LATE, NAME};
 
-const BINFMT_MISC_TYPE: &str = "binfmt_misc";
+/// The type of the file system.
+const KIND: &str = "binfmt_misc";
 /// What WSL 2.8.9 and later bind over the status file before systemd starts.
 const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
+/// How nearly all Windows programs begin.
+const PROGRAM: &[u8] = b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0";
 
 /// Looks at all of it.
 pub fn check(host: &Host, wanted: &Wanted) -> Vec<Finding> {
-    let probe = probe();
-    let Some(cover) = cover(host) else {
+    let Ok(mounts) = host.mount_info() else {
         let unreadable = "the list of mounts cannot be read";
         return vec![Finding::unknown("binfmt_misc", unreadable)];
     };
-    let mut findings = Vec::new();
-    let Some(table) = readable(host) else {
-        findings.push(not_mounted(host));
-        let cause = cause(&findings);
-        findings.push(launch(host, wanted, None, &probe, cause));
-        return findings;
+    let probe = probe();
+    let seen = match readable(host, &mounts).map(|table| Seen::of(host, &table, &mounts)) {
+        Some(Ok(seen)) => Some(seen),
+        Some(Err(error)) => return vec![Finding::unknown("binfmt_misc", format!("{error:#}"))],
+        None => None,
     };
-    let snapshot = match Snapshot::of(&table, host) {
-        Ok(snapshot) => snapshot,
-        Err(error) => return vec![Finding::unknown("binfmt_misc", format!("{error:#}"))],
+    let mut findings = match &seen {
+        None => vec![not_mounted(host, &mounts)],
+        Some(seen) => {
+            let mut findings = vec![enabled(host, wanted, seen, &probe)];
+            findings.extend(entry(host, wanted, seen));
+            findings
+        }
     };
-    findings.push(enabled(host, wanted, &snapshot, &probe, &cover));
-    findings.extend(entry(host, wanted, &snapshot));
-    let cause = cause(&findings);
-    findings.push(launch(host, wanted, Some(&snapshot), &probe, cause));
-    findings.extend(claims(host, &snapshot));
-    findings.push(status_file(host, wanted, &cover));
+    // What mends that no Windows program starts, if it has been found.
+    let cause = findings.iter().find_map(|finding| finding.mend.clone());
+    findings.push(launch(host, wanted, seen.as_ref(), &probe, cause));
+    if let Some(seen) = &seen {
+        findings.extend(claims(host, seen));
+        findings.push(status_file(host, wanted, seen));
+    }
     findings
 }
 
-/// What mends that no Windows program starts, if it has been found.
-fn cause(findings: &[Finding]) -> Option<Mend> {
-    findings.iter().find_map(|finding| finding.mend.clone())
+/// The table, if it is mounted. What else there may be on its path is not touched.
+pub fn readable(host: &Host, mounts: &str) -> Option<Table> {
+    match mounted(host, mounts) {
+        Some(KIND) => Table::open(host).ok(),
+        _ => None,
+    }
+}
+
+/// The type of what is mounted on the table's path.
+fn mounted<'a>(host: &Host, mounts: &'a str) -> Option<&'a str> {
+    mounts::on(mounts, host.path(BINFMT_MISC).as_str()).map(|mount| mount.kind)
+}
+
+/// A command that changes mounts, where the distro has its own: not all shells are there.
+fn among_mounts(host: &Host, command: String) -> Mend {
+    Mend::AsRoot(match host.is_elsewhere_mounted() {
+        true => format!("nsenter -t 1 -m -r sh -c {}", word(command)),
+        false => command,
+    })
+}
+
+fn guard(host: &Host) -> String {
+    format!("{} guard", host.command())
+}
+
+fn restore(host: &Host) -> Mend {
+    Mend::AsRoot(format!("{} restore", host.command()))
 }
 
 /// What the kernel does with a file that begins with `MZ`.
@@ -65,12 +95,13 @@ enum Probe {
 }
 
 /// Asks the kernel, without anything being started: an interpreter could not open a file that is
-/// closed on exec, so the kernel has found one when it says ENOENT, execveat(2).
+/// closed on exec, so the kernel has found one when it says ENOENT, execveat(2). For four bytes
+/// that can be printed it does not go looking for a module.
 fn probe() -> Probe {
     let ask = || -> std::io::Result<Infallible> {
         let program = memfd_create(c"wsl-binfmt-probe", MFdFlags::MFD_CLOEXEC)?;
         let mut program = File::from(program);
-        program.write_all(b"MZ\x90\0")?;
+        program.write_all(b"MZ  ")?;
         let nothing: [CString; 0] = [];
         Ok(fexecve(program, &[c"wsl-binfmt-probe"], &nothing)?)
     };
@@ -85,116 +116,89 @@ fn probe() -> Probe {
     }
 }
 
-/// What lies on the status file.
-struct Cover {
-    root: Option<String>,
-}
-
-fn cover(host: &Host) -> Option<Cover> {
-    let mounts = host.mount_info().ok()?;
-    let status = host.path(BINFMT_MISC).join("status");
-    Some(Cover {
-        root: mounts::on(&mounts, status.as_str()).map(|m| m.root.to_owned()),
-    })
-}
-
-/// The table, if it is mounted. What else there may be on its path is not touched.
-pub fn readable(host: &Host) -> Option<Table> {
-    match mounted(host).as_deref() {
-        Some(BINFMT_MISC_TYPE) => Table::open(host).ok(),
-        _ => None,
-    }
-}
-
-/// The type of what is mounted on the table's path.
-fn mounted(host: &Host) -> Option<String> {
-    let mounts = host.mount_info().ok()?;
-    let mount = mounts::on(&mounts, host.path(BINFMT_MISC).as_str())?;
-    Some(mount.kind.to_owned())
-}
-
-fn not_mounted(host: &Host) -> Finding {
+fn not_mounted(host: &Host, mounts: &str) -> Finding {
     let directory = host.path(BINFMT_MISC);
-    let command = host.command();
-    let mount = format!("mount -t binfmt_misc binfmt_misc {directory} && {command} guard");
-    let (found, mend) = match mounted(host) {
-        None => (format!("not mounted on {directory}"), mount),
+    let mount = format!("mount -t {KIND} {KIND} {directory}");
+    let guard = guard(host);
+    let (found, mend) = match mounted(host, mounts) {
+        None => (
+            format!("not mounted on {directory}"),
+            format!("{mount} && {guard}"),
+        ),
+        Some(KIND) => (
+            format!("mounted on {directory}, but not to be seen by this shell"),
+            guard,
+        ),
         Some(kind) => (
             format!("{directory} has something else on it, a file system of type {kind}"),
-            format!("umount -l {directory} && {mount}"),
+            // Below it there may be a table already.
+            format!(
+                "umount -l {directory} && {{ test -e {directory}/register || {mount}; }} && {guard}"
+            ),
         ),
     };
-    Finding::bad("binfmt_misc", Harm::Unprotected, found, Mend::AsRoot(mend))
+    let mend = among_mounts(host, mend);
+    Finding::bad("binfmt_misc", Harm::Unprotected, found, mend)
 }
 
-/// The entries that have to do with Windows programs.
-struct Snapshot {
-    /// Newest first, as the kernel tries them.
-    claiming: Vec<(String, Entry, Claim)>,
-    /// Our own name, whatever it claims.
-    ours: Option<Entry>,
+/// What there is to be seen of the table.
+struct Seen {
+    /// The entries that have to do with Windows programs, newest first as the kernel tries them.
+    claiming: Vec<(String, Entry)>,
+    /// The first of them that takes a Windows program, if the table is used at all.
+    first: Option<(String, Entry)>,
     /// What `restore` would move.
     others: Others,
     /// What the status file says, of the table or of what covers it.
     state: String,
+    /// What is mounted on the status file.
+    cover: Option<String>,
 }
 
-impl Snapshot {
-    fn of(table: &Table, host: &Host) -> anyhow::Result<Snapshot> {
-        let mut claiming = Vec::new();
-        for name in table.names()? {
-            // Gone since it was listed, or not to be understood.
-            let Ok(Some(entry)) = table.read(&name) else {
-                continue;
-            };
-            match entry.claim() {
-                Claim::None => {}
-                claim => claiming.push((name, entry, claim)),
-            }
-        }
-        Ok(Snapshot {
+impl Seen {
+    fn of(host: &Host, table: &Table, mounts: &str) -> anyhow::Result<Seen> {
+        let entries = table.entries()?;
+        let takes = |(_, entry): &&(String, Entry)| entry.takes("exe", PROGRAM);
+        let first = entries.iter().find(takes).cloned();
+        let mut claiming = entries.clone();
+        claiming.retain(|(name, entry)| {
+            entry.claim() != Claim::None || name == NAME || entry.takes("exe", PROGRAM)
+        });
+        let directory = host.path(BINFMT_MISC);
+        let status = directory.join("status");
+        let cover = mounts::on(mounts, directory.as_str())
+            .and_then(|table| mounts::within(mounts, status.as_str(), &table))
+            // The file itself covers nothing.
+            .filter(|mount| mount.kind != KIND);
+        Ok(Seen {
             claiming,
-            ours: table.read(NAME)?,
-            others: Others::of(table, host)?,
+            first,
+            others: Others::among(entries, host),
             state: host.text(&format!("{BINFMT_MISC}/status")),
+            cover: cover.map(|mount| mount.root.to_owned()),
         })
     }
 
-    /// Who gets a Windows program, if the table is used at all.
-    fn first(&self) -> Option<&(String, Entry, Claim)> {
-        let takes =
-            |(_, entry, claim): &&(String, Entry, Claim)| entry.enabled && *claim == Claim::Equal;
-        self.claiming.iter().find(takes)
-    }
-
-    /// Whether one of them takes every file that begins with `MZ`, whatever it is called.
-    fn takes_any_name(&self) -> bool {
-        self.claiming.iter().any(|(_, entry, claim)| {
-            entry.enabled
-                && *claim == Claim::Equal
-                && matches!(entry.pattern, Pattern::Magic { .. })
-        })
+    fn entry(&self, name: &str) -> Option<&Entry> {
+        let (_, entry) = self.claiming.iter().find(|(own, _)| own == name)?;
+        Some(entry)
     }
 }
 
 /// The table as a whole. Where its status file is covered the kernel is asked, and answers whenever
 /// there is an entry to be used.
-fn enabled(
-    host: &Host,
-    wanted: &Wanted,
-    snapshot: &Snapshot,
-    probe: &Probe,
-    cover: &Cover,
-) -> Finding {
-    let covered = cover.root.is_some();
-    let contradicted = snapshot.takes_any_name() && *probe == Probe::Refused;
-    let disabled = contradicted || (!covered && snapshot.state.trim() == "disabled");
+fn enabled(host: &Host, wanted: &Wanted, seen: &Seen, probe: &Probe) -> Finding {
+    let covered = seen.cover.is_some();
+    let takes_any = |(_, entry): &(String, Entry)| {
+        let by_magic = matches!(entry.pattern, Pattern::Magic { .. });
+        entry.enabled && by_magic && entry.claim() == Claim::Equal
+    };
+    let contradicted = *probe == Probe::Refused && seen.claiming.iter().any(takes_any);
+    let disabled = contradicted || (!covered && seen.state.trim() == "disabled");
     if !disabled {
         let unseen = "mounted; whether it is enabled as a whole cannot be seen";
         return match (covered, probe) {
-            (false, _) if snapshot.state.trim() != "enabled" => {
-                Finding::unknown("binfmt_misc", unseen)
-            }
+            (false, _) if seen.state.trim() != "enabled" => Finding::unknown("binfmt_misc", unseen),
             (true, Probe::Refused) => {
                 Finding::note("binfmt_misc", format!("{unseen} without an entry"))
             }
@@ -205,128 +209,145 @@ fn enabled(
     let status = host.path(BINFMT_MISC).join("status");
     let enable = format!("echo 1 >{status}");
     let mend = match covered {
-        true => format!("umount {status} && {enable} && {} guard", host.command()),
+        true => format!("umount {status} && {enable} && {}", guard(host)),
         false => enable,
     };
-    let found = "mounted, but disabled as a whole";
-    wanted.interop(
-        "binfmt_misc",
-        Harm::Broken,
-        found.to_owned(),
-        Mend::AsRoot(mend),
-    )
+    let found = "mounted, but disabled as a whole, for all distros".to_owned();
+    let mend = among_mounts(host, mend);
+    match wanted.interop {
+        Some(false) => wanted.protection("binfmt_misc", Harm::Unprotected, found, mend),
+        _ => wanted.interop("binfmt_misc", Harm::Broken, found, mend),
+    }
 }
 
 /// WSL's own entry.
-fn entry(host: &Host, wanted: &Wanted, snapshot: &Snapshot) -> Vec<Finding> {
+fn entry(host: &Host, wanted: &Wanted, seen: &Seen) -> Vec<Finding> {
     let path = host.path(BINFMT_MISC).join(NAME);
-    let restore = format!("{} restore", host.command());
-    let fault = |harm, found, command| {
-        let mend = Mend::AsRoot(command);
-        wanted.interop("entry", harm, found, mend)
+    let again = |value: &str| {
+        let command = host.command();
+        Mend::AsRoot(format!("echo {value} >{path} && {command} restore"))
     };
-    let mut findings = vec![match &snapshot.ours {
-        None => fault(Harm::Broken, format!("{NAME} is missing"), restore.clone()),
+    let fault = |harm, found, mend| wanted.interop("entry", harm, found, mend);
+    let late = seen.entry(LATE).filter(|late| late.interpreter == INIT);
+    let first = match seen.entry(NAME) {
+        None => {
+            // WSL before 2.6.2 has only the other one, and that will do, mostly.
+            let harm = match late.is_some_and(|late| late.enabled) {
+                true => Harm::Degraded,
+                false => Harm::Broken,
+            };
+            fault(harm, format!("{NAME} is missing"), restore(host))
+        }
         Some(entry) => match restore::fault(entry) {
-            Some(found) if entry.interpreter == INIT && !entry.enabled => fault(
-                Harm::Broken,
-                format!("{NAME} {found}"),
-                format!("echo 1 >{path} && {restore}"),
-            ),
-            Some(found) => fault(
-                Harm::Broken,
-                format!("{NAME} {found}"),
-                format!("echo -1 >{path} && {restore}"),
-            ),
-            None => {
-                let flags = &entry.flags;
-                let lost: Vec<_> = [
-                    ('P', "programs do not learn how they were called"),
-                    ('F', "it does not work in containers"),
-                ]
-                .into_iter()
-                .filter(|(flag, _)| !flags.contains(*flag))
-                .map(|(flag, harm)| format!("without the flag {flag} {harm}"))
-                .collect();
-                let harm = match flags.contains('P') {
-                    true => Harm::Degraded,
-                    false => Harm::Broken,
+            Some(found) => {
+                let enabled = Entry {
+                    enabled: true,
+                    ..entry.clone()
                 };
-                match lost.is_empty() {
-                    true => Finding::good("entry", format!("{NAME}: {INIT}, flags {flags}")),
-                    false => fault(
-                        harm,
-                        format!("{NAME}: {}", lost.join(", ")),
-                        restore.clone(),
-                    ),
-                }
+                let mend = match restore::fault(&enabled) {
+                    None => again("1"),
+                    Some(_) => again("-1"),
+                };
+                fault(Harm::Broken, format!("{NAME} {found}"), mend)
             }
+            None => flags(host, wanted, entry),
         },
-    }];
-    let late =
-        |(name, entry, _): &(String, Entry, Claim)| name == LATE && entry.interpreter == INIT;
-    if snapshot.claiming.iter().any(late) {
-        let found = format!("{LATE} doubles it, without all of its flags");
-        findings.push(fault(Harm::Degraded, found, restore));
+    };
+    let mut findings = vec![first];
+    if let Some(late) = late {
+        let place = match seen.entry(NAME) {
+            Some(_) => "doubles it",
+            None => "stands in for it",
+        };
+        let found = format!("{LATE} {place}: {INIT}, flags {}", late.flags);
+        findings.push(fault(Harm::Degraded, found, restore(host)));
     }
     findings
+}
+
+fn flags(host: &Host, wanted: &Wanted, entry: &Entry) -> Finding {
+    let flags = &entry.flags;
+    let needed = [
+        ('P', "programs do not learn how they were called"),
+        ('F', "it does not work in containers"),
+    ];
+    let lost: Vec<_> = needed
+        .into_iter()
+        .filter(|(flag, _)| !flags.contains(*flag))
+        .map(|(flag, harm)| format!("without the flag {flag} {harm}"))
+        .collect();
+    let harm = match flags.contains('P') {
+        true => Harm::Degraded,
+        false => Harm::Broken,
+    };
+    match lost.is_empty() {
+        true => Finding::good("entry", format!("{NAME}: {INIT}, flags {flags}")),
+        false => {
+            let found = format!("{NAME}: {}", lost.join(", "));
+            wanted.interop("entry", harm, found, restore(host))
+        }
+    }
 }
 
 /// Who gets an .exe.
 fn launch(
     host: &Host,
     wanted: &Wanted,
-    snapshot: Option<&Snapshot>,
+    seen: Option<&Seen>,
     probe: &Probe,
     cause: Option<Mend>,
 ) -> Finding {
-    let first = snapshot.map(Snapshot::first);
-    let restore = || cause.unwrap_or_else(|| Mend::AsRoot(format!("{} restore", host.command())));
-    match (first, probe) {
+    let broken = |found: String, mend: Mend| {
+        let mend = cause.unwrap_or(mend);
+        wanted.interop("launch", Harm::Broken, found, mend)
+    };
+    match (seen.map(|seen| &seen.first), probe) {
+        (_, Probe::Refused) => {
+            let found = ".exe files go to nobody: Exec format error".to_owned();
+            broken(found, restore(host))
+        }
         (None, Probe::Taken) => {
             Finding::unknown("launch", ".exe files go to somebody who cannot be seen")
         }
-        (_, Probe::Refused) => wanted.interop(
-            "launch",
-            Harm::Broken,
-            ".exe files go to nobody: Exec format error".to_owned(),
-            restore(),
-        ),
         (None, Probe::Unknown) => Finding::unknown("launch", "the kernel cannot be asked"),
-        (Some(None), _) => wanted.interop(
-            "launch",
-            Harm::Broken,
-            ".exe files go to nobody".to_owned(),
-            restore(),
-        ),
-        (Some(Some((name, entry, _))), _) if entry.interpreter == INIT => {
+        (Some(None), _) => broken(".exe files go to nobody".to_owned(), restore(host)),
+        (Some(Some((name, entry))), _) if entry.interpreter == INIT => {
             Finding::good("launch", format!(".exe files go to {name} ({INIT})"))
         }
-        (Some(Some((name, entry, _))), _) => wanted.interop(
-            "launch",
-            Harm::Broken,
-            format!(".exe files go to {name} ({})", entry.interpreter),
-            restore(),
-        ),
+        (Some(Some((name, entry))), _) => {
+            let found = format!(".exe files go to {name} ({})", entry.interpreter);
+            let mend = match entry.claim() {
+                Claim::Equal => restore(host),
+                // One that is for fewer files comes first by right.
+                _ => Mend::AsRoot(format!(
+                    "echo -1 >{}",
+                    word(host.path(BINFMT_MISC).join(name))
+                )),
+            };
+            broken(found, mend)
+        }
     }
 }
 
 /// Everyone else who wants Windows programs, or some of them.
-fn claims(host: &Host, snapshot: &Snapshot) -> Vec<Finding> {
+fn claims(host: &Host, seen: &Seen) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut ahead = true;
-    for (name, entry, _) in &snapshot.claiming {
+    for (name, entry) in &seen.claiming {
         if name == NAME {
             ahead = false;
         }
-        if [NAME, LATE].contains(&name.as_str()) {
+        if name == NAME || (name == LATE && entry.interpreter == INIT) {
             continue;
         }
         let what = match &entry.pattern {
             Pattern::Extension(extension) => format!("files called *.{extension}"),
-            Pattern::Magic { magic, .. } => {
-                let magic = magic.escape_ascii();
-                format!("files that begin with {magic}")
+            Pattern::Magic { offset, magic, .. } => {
+                let place = match offset {
+                    0 => "begin with".to_owned(),
+                    offset => format!("have after {offset} bytes"),
+                };
+                format!("files that {place} {}", magic.escape_ascii())
             }
         };
         let place = match (entry.enabled, ahead) {
@@ -335,14 +356,12 @@ fn claims(host: &Host, snapshot: &Snapshot) -> Vec<Finding> {
             (true, false) => "tried after WSLInterop",
         };
         let found = format!("{name} ({}) is for {what}; {place}", entry.interpreter);
-        let shadowed = snapshot.others.shadowed.iter().any(|(n, _)| n == name);
-        findings.push(match shadowed && snapshot.ours.is_some() {
-            true => Finding::bad(
-                "claims",
-                Harm::Degraded,
-                format!("{found}, which takes these, too"),
-                Mend::AsRoot(format!("{} restore", host.command())),
-            ),
+        let shadowed = seen.others.shadowed.iter().any(|(own, _)| own == name);
+        findings.push(match shadowed && seen.entry(NAME).is_some() {
+            true => {
+                let found = format!("{found}, which takes these, too");
+                Finding::bad("claims", Harm::Degraded, found, restore(host))
+            }
             false => Finding::note("claims", found),
         });
     }
@@ -350,12 +369,11 @@ fn claims(host: &Host, snapshot: &Snapshot) -> Vec<Finding> {
 }
 
 /// Who may empty the table from here.
-fn status_file(host: &Host, wanted: &Wanted, cover: &Cover) -> Finding {
+fn status_file(host: &Host, wanted: &Wanted, seen: &Seen) -> Finding {
     let status = host.path(BINFMT_MISC).join("status");
-    let guard = format!("{} guard", host.command());
-    let Some(root) = &cover.root else {
+    let Some(root) = &seen.cover else {
         let found = "open: whoever empties the table does so for all distros".to_owned();
-        let mend = Mend::AsRoot(guard);
+        let mend = among_mounts(host, guard(host));
         return wanted.protection("status-file", Harm::Unprotected, found, mend);
     };
     // A path on its file system, which /run mostly is.
@@ -368,12 +386,9 @@ fn status_file(host: &Host, wanted: &Wanted, cover: &Cover) -> Finding {
         None => format!("covered with {file}, which is neither ours nor WSL's"),
     };
     if root.ends_with("//deleted") {
-        return wanted.protection(
-            "status-file",
-            Harm::Degraded,
-            format!("{found}, which was deleted, so that systemd-binfmt cannot start"),
-            Mend::AsRoot(format!("umount {status} && {guard}")),
-        );
+        let found = format!("{found}, which was deleted, so that systemd-binfmt cannot start");
+        let mend = among_mounts(host, format!("umount {status} && {}", guard(host)));
+        return wanted.protection("status-file", Harm::Degraded, found, mend);
     }
     match known.is_some() {
         true => Finding::good("status-file", found),
