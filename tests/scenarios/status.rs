@@ -48,7 +48,7 @@ fn named<'vm>(vm: &'vm Vm, name: &str, suite: &str) -> Builder<'vm> {
 
 /// What a run of `status` in a distro says, and its exit status. On a machine that has much else to
 /// do something may answer too late; then it is run again, as one would.
-fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
+pub fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
     let in_time = |said: &str| {
         !["in time", "does not answer"]
             .iter()
