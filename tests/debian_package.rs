@@ -56,6 +56,15 @@ fn debian_builds_it_offline_with_the_oldest_supported_rust() -> anyhow::Result<(
 }
 
 #[test]
+fn it_compiles_for_the_other_architecture_of_wsl() -> anyhow::Result<()> {
+    if let Some(package) = package()? {
+        let said = package.check_foreign()?;
+        ensure!(said.contains("Finished"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn lintian_has_nothing_to_say() -> anyhow::Result<()> {
     let Some(package) = package()? else {
         return Ok(());

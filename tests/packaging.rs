@@ -77,12 +77,15 @@ fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Res
             "rm -rf build *.pc; export PKG_CONFIG_LIBDIR=$PWD; unset PKG_CONFIG_PATH
             printf '%s: 252\n' Name Description Version >{pc}
             echo systemdsystemgeneratordir=/pc/generators >>{pc}
-            meson setup --prefix=/opt -Dsystemdsystemgeneratordir={option} build \"$SOURCE\" >log
+            meson setup --prefix=/opt -Dsystemdsystemgeneratordir={option} -Dman=false \
+                -Dtests=false build \"$SOURCE\" >log
+            meson test -C build --no-rebuild | grep -q 'No tests defined'
             meson introspect --installed build"
         );
         let installed = sh("systemd-pc", &script)?;
         let target = format!(": \"{expected}/wsl-binfmt-generator\"");
         ensure!(installed.contains(&target), "{installed}");
+        ensure!(!installed.contains("/man8/"), "{installed}");
     }
     Ok(())
 }
@@ -93,6 +96,7 @@ fn the_manual_pages_are_valid_roff() -> anyhow::Result<()> {
         // Pages name each other from the directory above.
         let groff = "ln -sfn \"$SOURCE/man\" man8; groff -man -ww -z -Tutf8 man8/*.8";
         assert_eq!(sh("roff", groff)?, "");
+        assert_eq!(sh("roff", "mandoc -T lint man8/wsl-binfmt-generator.8")?, "");
     }
     Ok(())
 }
@@ -250,7 +254,7 @@ fn scratch(name: &str) -> anyhow::Result<PathBuf> {
 fn have_programs() -> anyhow::Result<bool> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _lock = ONE_AT_A_TIME.lock();
-    let needed = "meson:meson ninja:ninja-build pkg-config:pkgconf groff:groff-base";
+    let needed = "meson:meson ninja:ninja-build pkg-config:pkgconf groff:groff-base mandoc:mandoc";
     let script = "do command -v ${i%:*} >/dev/null || echo ${i#*:}; done; id -u";
     let found = sh("programs", &format!("for i in {needed}; {script}"))?;
     let mut missing: Vec<&str> = found.lines().collect();

@@ -9,8 +9,14 @@ use anyhow::{ensure, Context};
 
 use super::machine::succeed;
 
-/// The tree of a Debian suite with these packages, `directory/suite`, made unless it is there.
-pub fn tree(directory: &Path, suite: &str, packages: &str) -> anyhow::Result<PathBuf> {
+/// The tree of a Debian suite with these packages, `directory/suite`, made unless it is there. Some
+/// may be of a foreign architecture.
+pub fn tree(
+    directory: &Path,
+    suite: &str,
+    packages: &str,
+    foreign: Option<&str>,
+) -> anyhow::Result<PathBuf> {
     let tree = directory.join(suite);
     let recipe = directory.join(format!("{suite}.packages"));
     if tree.exists() && fs::read_to_string(&recipe).is_ok_and(|text| text == packages) {
@@ -23,12 +29,18 @@ pub fn tree(directory: &Path, suite: &str, packages: &str) -> anyhow::Result<Pat
         }
     }
     fs::create_dir_all(directory)?;
+    let native = Command::new("dpkg").arg("--print-architecture").output()?;
+    let mut architectures = String::from_utf8(native.stdout)?.trim().to_owned();
+    if let Some(foreign) = foreign {
+        architectures += &format!(",{foreign}");
+    }
     let unfinished = directory.join(format!("{suite}.unfinished"));
     succeed(
         Command::new("mmdebstrap")
             .arg("--variant=minbase")
             // A suite keeps its last index for good once it is archived, and a mirror may lag.
             .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
+            .arg(format!("--architectures={architectures}"))
             .arg(format!("--include={packages}"))
             .arg(suite)
             .arg(&unfinished),

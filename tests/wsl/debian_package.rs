@@ -18,6 +18,13 @@ use super::vm::Vm;
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
 
+/// The other architecture that WSL runs on, in Debian's words and in Rust's.
+const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
+    ("amd64", "x86_64-unknown-linux-gnu")
+} else {
+    ("arm64", "aarch64-unknown-linux-gnu")
+};
+
 /// The package, where it was built, and a later version of it.
 pub struct DebianPackage {
     /// The tree, with the sources in `/build/wsl-binfmt-generator-VERSION`.
@@ -33,7 +40,9 @@ impl DebianPackage {
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
         let trees = target_directory()?.join("wsl-vm/debian");
-        let tree = tree(&trees, "trixie", TOOLS)?;
+        let (foreign, _) = FOREIGN;
+        let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
+        let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
         let directory = trees.join("packages");
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
@@ -96,6 +105,16 @@ impl DebianPackage {
             }
         }
         Ok(())
+    }
+
+    /// Compiles for the other architecture, but does not link, which would need a C compiler for it.
+    pub fn check_foreign(&self) -> anyhow::Result<String> {
+        let (_, target) = FOREIGN;
+        self.run(&format!(
+            "cd /build/wsl-binfmt-generator-*/
+            export CARGO_HOME=$PWD/debian/cargo
+            cargo check --locked --target {target} --target-dir /build/foreign"
+        ))
     }
 
     /// What a shell script in the tree prints, errors included. No network, no home of this

@@ -97,7 +97,7 @@ impl Machine {
             }
             let making: Vec<_> = suites
                 .iter()
-                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO)))
+                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO, None)))
                 .collect();
             build_generator(&target, &paths.generator())?;
             build_init(&paths.init())?;
