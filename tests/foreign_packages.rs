@@ -1,17 +1,22 @@
 //! The packages of other distributions, as far as Debian has their tools: built, looked at, and
 //! installed, upgraded and removed by their package managers. Debian's own is another test.
 
+mod shell;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, OnceLock};
+use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use anyhow::{ensure, Context};
 
+use shell::{have_programs, scratch, sh};
+
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
+/// What the tests run, and the packages that it is in.
+const PROGRAMS: &str = "bsdtar:libarchive-tools eu-strip:elfutils fakeroot:fakeroot file:file \
+        makepkg:makepkg meson:meson ninja:ninja-build nix-instantiate:nix-bin \
+        pacman:pacman-package-manager rpm:rpm rpmbuild:rpm rpmlint:rpmlint";
 const SPEC: &str = include_str!("../packaging/rpm/wsl-binfmt-generator.spec");
 
 /// What Debian's rpmlint is told. It has the policy of no distribution.
@@ -36,7 +41,7 @@ Filters = [
 
 #[test]
 fn rpm_builds_without_a_network_and_rpmlint_has_nothing_to_say() -> anyhow::Result<()> {
-    if !have_programs()? {
+    if !have_programs(PROGRAMS)? {
         return Ok(());
     }
     let sources = sources()?;
@@ -140,7 +145,7 @@ fn the_spec_tells_the_version_and_the_crates_that_are_in_the_program() -> anyhow
 /// Debian has no namcap, which would look for more.
 #[test]
 fn makepkg_builds_the_package_of_arch() -> anyhow::Result<()> {
-    if !have_programs()? {
+    if !have_programs(PROGRAMS)? {
         return Ok(());
     }
     let sources = sources()?;
@@ -297,7 +302,7 @@ fn lives_of_the_package(
 /// NixOS takes the module, is not tested.
 #[test]
 fn nix_evaluates_the_package_and_the_module() -> anyhow::Result<()> {
-    if !have_programs()? {
+    if !have_programs(PROGRAMS)? {
         return Ok(());
     }
     let nix = r#"
@@ -387,60 +392,4 @@ fn sources() -> anyhow::Result<PathBuf> {
             .map_err(|e| format!("{e:#}"))
     });
     made.clone().map_err(anyhow::Error::msg)
-}
-
-/// Both outputs of a script that runs in a directory of that name, and must succeed. The cargo that
-/// it finds is the one that runs this test.
-fn sh(name: &str, script: &str) -> anyhow::Result<String> {
-    let cargo = Path::new(env!("CARGO"));
-    let mut path = cargo
-        .parent()
-        .context("no directory")?
-        .as_os_str()
-        .to_owned();
-    path.push(":");
-    path.push(std::env::var_os("PATH").unwrap_or_default());
-    let mut command = Command::new("sh");
-    command.args(["-euc", &format!("exec 2>&1; {script}")]);
-    command.envs([("SOURCE", SOURCE), ("CARGO", env!("CARGO"))]);
-    command.env("PATH", path).env("LC_ALL", "C.UTF-8");
-    let command = command.current_dir(scratch(name)?).stdin(Stdio::null());
-    let output = command.output()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "{script}\nfailed:\n{text}");
-    Ok(text)
-}
-
-fn scratch(name: &str) -> anyhow::Result<PathBuf> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("foreign-{name}"));
-    fs::create_dir_all(&directory)?;
-    Ok(directory)
-}
-
-/// Whether the programs are there. Root gets missing ones from Debian; for others that is a failure
-/// in CI, and elsewhere a reason to skip the test.
-fn have_programs() -> anyhow::Result<bool> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _lock = ONE_AT_A_TIME.lock();
-    let needed = "bsdtar:libarchive-tools eu-strip:elfutils fakeroot:fakeroot file:file \
-        makepkg:makepkg meson:meson ninja:ninja-build nix-instantiate:nix-bin \
-        pacman:pacman-package-manager rpm:rpm rpmbuild:rpm rpmlint:rpmlint";
-    let script = "do command -v ${i%:*} >/dev/null || echo ${i#*:}; done; id -u";
-    let found = sh("programs", &format!("for i in {needed}; {script}"))?;
-    let mut missing: Vec<&str> = found.lines().collect();
-    let user = missing.pop();
-    if !missing.is_empty() && user == Some("0") {
-        // An update that somebody else has under way is as good as our own.
-        let script = "export DEBIAN_FRONTEND=noninteractive
-            apt-get -q -o DPkg::Lock::Timeout=300 update || true
-            apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends";
-        sh("programs", &format!("{script} {}", missing.join(" ")))?;
-    } else if !missing.is_empty() {
-        let message = format!("packages are missing: {}", missing.join(" "));
-        ensure!(std::env::var_os("CI").is_none(), message);
-        // Not eprintln, which the harness swallows when a test passes.
-        writeln!(std::io::stderr(), "SKIPPED: {message}")?;
-        return Ok(false);
-    }
-    Ok(true)
 }

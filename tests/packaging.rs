@@ -1,23 +1,27 @@
 //! What packages rely on: the meson build, the command line, the manual page.
 
+mod shell;
+
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::path::Path;
+use std::process::Command;
 use std::time::SystemTime;
 
 use anyhow::{ensure, Context};
 
+use shell::{have_programs, scratch, sh, SOURCE};
+
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
+/// What the tests run, and the packages that it is in.
+const PROGRAMS: &str =
+    "meson:meson ninja:ninja-build pkg-config:pkgconf groff:groff-base mandoc:mandoc";
 
 #[test]
 fn meson_installs_these_files_and_runs_cargo_only_after_a_change() -> anyhow::Result<()> {
-    if !have_programs()? {
+    if !have_programs(PROGRAMS)? {
         return Ok(());
     }
     let sh = |script| sh("meson", script);
@@ -66,7 +70,7 @@ fn meson_installs_these_files_and_runs_cargo_only_after_a_change() -> anyhow::Re
 
 #[test]
 fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Result<()> {
-    if !have_programs()? {
+    if !have_programs(PROGRAMS)? {
         return Ok(());
     }
     for (pc, option, expected) in [
@@ -92,11 +96,14 @@ fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Res
 
 #[test]
 fn the_manual_pages_are_valid_roff() -> anyhow::Result<()> {
-    if have_programs()? {
+    if have_programs(PROGRAMS)? {
         // Pages name each other from the directory above.
         let groff = "ln -sfn \"$SOURCE/man\" man8; groff -man -ww -z -Tutf8 man8/*.8";
         assert_eq!(sh("roff", groff)?, "");
-        assert_eq!(sh("roff", "mandoc -T lint man8/wsl-binfmt-generator.8")?, "");
+        assert_eq!(
+            sh("roff", "mandoc -T lint man8/wsl-binfmt-generator.8")?,
+            ""
+        );
     }
     Ok(())
 }
@@ -229,48 +236,4 @@ fn program(arguments: &[u8]) -> anyhow::Result<(Option<i32>, String, String)> {
     let [text, errors] =
         [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     Ok((output.status.code(), text, errors))
-}
-
-/// Both outputs of a script that runs in a directory of that name, and must succeed.
-fn sh(name: &str, script: &str) -> anyhow::Result<String> {
-    let mut command = Command::new("sh");
-    command.args(["-euc", &format!("exec 2>&1; {script}")]);
-    command.envs([("SOURCE", SOURCE), ("CARGO", env!("CARGO"))]);
-    let command = command.current_dir(scratch(name)?).stdin(Stdio::null());
-    let output = command.env("LC_ALL", "C.UTF-8").output()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "{script}\nfailed:\n{text}");
-    Ok(text)
-}
-
-fn scratch(name: &str) -> anyhow::Result<PathBuf> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("packaging-{name}"));
-    fs::create_dir_all(&directory)?;
-    Ok(directory)
-}
-
-/// Whether the programs are there. Root gets missing ones from Debian; for others that is a failure
-/// in CI, and elsewhere a reason to skip the test.
-fn have_programs() -> anyhow::Result<bool> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _lock = ONE_AT_A_TIME.lock();
-    let needed = "meson:meson ninja:ninja-build pkg-config:pkgconf groff:groff-base mandoc:mandoc";
-    let script = "do command -v ${i%:*} >/dev/null || echo ${i#*:}; done; id -u";
-    let found = sh("programs", &format!("for i in {needed}; {script}"))?;
-    let mut missing: Vec<&str> = found.lines().collect();
-    let user = missing.pop();
-    if !missing.is_empty() && user == Some("0") {
-        // An update that somebody else has under way is as good as our own.
-        let script = "export DEBIAN_FRONTEND=noninteractive
-            apt-get -q -o DPkg::Lock::Timeout=300 update || true
-            apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends";
-        sh("programs", &format!("{script} {}", missing.join(" ")))?;
-    } else if !missing.is_empty() {
-        let message = format!("packages are missing: {}", missing.join(" "));
-        ensure!(std::env::var_os("CI").is_none(), message);
-        // Not eprintln, which the harness swallows when a test passes.
-        writeln!(std::io::stderr(), "SKIPPED: {message}")?;
-        return Ok(false);
-    }
-    Ok(true)
 }

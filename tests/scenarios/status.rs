@@ -577,17 +577,11 @@ pub const STATUS: &[Test] = &[
     // wsl.conf.
     ("status: wsl.conf is read", |vm| {
         let conf = "[boot]\nsystemd=true\n";
-        booted(
-            "conf-read",
-            distro(vm, "trixie").file("/etc/wsl.conf", conf),
-        )
+        booted("conf-read", with_conf(vm, conf))
     }),
     ("status: WSL stops reading wsl.conf", |vm| {
         let conf = "[boot]\nsystemd=true\n; x\n[interop]\nenabled=false\n";
-        booted(
-            "conf-refused",
-            distro(vm, "trixie").file("/etc/wsl.conf", conf),
-        )
+        booted("conf-refused", with_conf(vm, conf))
     }),
     ("status: wsl.conf is a directory", |vm| {
         booted(
@@ -597,17 +591,11 @@ pub const STATUS: &[Test] = &[
     }),
     ("status: protection is switched off", |vm| {
         let conf = "[boot]\nprotectBinfmt=false\n";
-        booted(
-            "conf-unprotected",
-            distro(vm, "trixie").file("/etc/wsl.conf", conf),
-        )
+        booted("conf-unprotected", with_conf(vm, conf))
     }),
     ("status: interop is switched off", |vm| {
         let conf = "[interop]\nenabled=false\n";
-        booted(
-            "conf-no-interop",
-            distro(vm, "trixie").file("/etc/wsl.conf", conf),
-        )
+        booted("conf-no-interop", with_conf(vm, conf))
     }),
     // Leftovers.
     ("status: a rule in binfmt.d registers the entry", |vm| {
@@ -870,6 +858,10 @@ fn in_50_ms(distro: &Distro) -> anyhow::Result<()> {
     let milliseconds: u32 = taken.trim().parse().with_context(|| taken.clone())?;
     ensure!(milliseconds < 50, "{milliseconds} ms");
     Ok(())
+}
+
+fn with_conf<'vm>(vm: &'vm Vm, text: &str) -> Builder<'vm> {
+    distro(vm, "trixie").file("/etc/wsl.conf", text)
 }
 
 fn register(rule: &str) -> String {

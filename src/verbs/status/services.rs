@@ -268,7 +268,7 @@ fn drop_in(
     let (found, mend) = if let Some(path) = others().find(ours_by_name) {
         (
             format!("our drop-in {DROP_IN} is overridden by {path}"),
-            Mend::AsRoot(format!("rm {} && {reload}", word(path))),
+            Mend::AsRoot(format!("{} && {reload}", put_aside(host, path))),
         )
     } else if let Some(path) = others().rfind(resets) {
         (
@@ -282,6 +282,15 @@ fn drop_in(
         )
     };
     Some(wanted.protection(check, Harm::Degraded, found, mend))
+}
+
+/// Takes away what is in the place of ours: a link for good, a file so that it can be looked at.
+fn put_aside(host: &Host, path: &str) -> String {
+    let is_link = host.path(path).read_link_utf8().is_ok();
+    match is_link {
+        true => format!("rm {}", word(path)),
+        false => format!("mv {} {}", word(path), word(format!("{path}.saved"))),
+    }
 }
 
 /// A service that the generator emits.
@@ -311,7 +320,8 @@ fn ours(
     let above = above.iter().find(|path| path.symlink_metadata().is_ok());
     if let Some(path) = above {
         let found = format!("{name} is overridden by {path}, {state}");
-        return fault(found, format!("rm {} && {reload} && {start}", word(path)));
+        let aside = put_aside(host, path.as_str());
+        return fault(found, format!("{aside} && {reload} && {start}"));
     }
     let changed = match unit.drop_in_paths.is_empty() {
         true => String::new(),

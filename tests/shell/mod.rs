@@ -1,0 +1,67 @@
+//! Shell scripts in tests, and the programs that they need.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use anyhow::{ensure, Context};
+
+pub const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Both outputs of a script that runs in a directory of that name, and must succeed. The cargo that
+/// it finds is the one that runs this test.
+pub fn sh(name: &str, script: &str) -> anyhow::Result<String> {
+    let cargo = Path::new(env!("CARGO"));
+    let mut path = cargo
+        .parent()
+        .context("no directory")?
+        .as_os_str()
+        .to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let mut command = Command::new("sh");
+    command.args(["-euc", &format!("exec 2>&1; {script}")]);
+    command.envs([("SOURCE", SOURCE), ("CARGO", env!("CARGO"))]);
+    command.env("PATH", path).env("LC_ALL", "C.UTF-8");
+    let command = command.current_dir(scratch(name)?).stdin(Stdio::null());
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "{script}\nfailed:\n{text}");
+    Ok(text)
+}
+
+/// A directory that is kept for the next run.
+pub fn scratch(name: &str) -> anyhow::Result<PathBuf> {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join(env!("CARGO_CRATE_NAME"))
+        .join(name);
+    fs::create_dir_all(&directory)?;
+    Ok(directory)
+}
+
+/// Whether these are there, each `PROGRAM:PACKAGE`. Root gets missing ones from Debian; for others
+/// that is a failure in CI, and elsewhere a reason to skip the test.
+pub fn have_programs(needed: &str) -> anyhow::Result<bool> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _lock = ONE_AT_A_TIME.lock();
+    let script = "do command -v ${i%:*} >/dev/null || echo ${i#*:}; done; id -u";
+    let found = sh("programs", &format!("for i in {needed}; {script}"))?;
+    let mut missing: Vec<&str> = found.lines().collect();
+    let user = missing.pop();
+    if !missing.is_empty() && user == Some("0") {
+        // An update that somebody else has under way is as good as our own.
+        let script = "export DEBIAN_FRONTEND=noninteractive
+            apt-get -q -o DPkg::Lock::Timeout=300 update || true
+            apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends";
+        sh("programs", &format!("{script} {}", missing.join(" ")))?;
+    } else if !missing.is_empty() {
+        let message = format!("packages are missing: {}", missing.join(" "));
+        ensure!(std::env::var_os("CI").is_none(), message);
+        // Not eprintln, which the harness swallows when a test passes.
+        writeln!(std::io::stderr(), "SKIPPED: {message}")?;
+        return Ok(false);
+    }
+    Ok(true)
+}
