@@ -137,6 +137,7 @@ impl Life {
                 started,
                 failed,
                 longest_gap,
+                ..
             } = launches;
             let gap = longest_gap.as_micros();
             record += &format!("{name}\t{launch}\t{table}\t{state}\t{started}\t{failed}\t{gap}\n");
@@ -161,6 +162,7 @@ impl Life {
                     started: started.parse()?,
                     failed: failed.parse()?,
                     longest_gap: Duration::from_micros(gap.parse()?),
+                    ..Launches::default()
                 },
             })
         };

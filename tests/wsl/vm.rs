@@ -249,6 +249,7 @@ impl Vm {
                     last = Instant::now();
                 } else {
                     launches.failed += 1;
+                    launches.longest_outage = launches.longest_outage.max(last.elapsed());
                 }
                 if stop {
                     return launches;
@@ -280,6 +281,9 @@ pub struct Launches {
     pub failed: u32,
     /// The longest time from one launch that started to the next.
     pub longest_gap: Duration,
+    /// The longest time since a launch that started after which one failed. Those that fail can be
+    /// much quicker than those that start, so their number says little.
+    pub longest_outage: Duration,
 }
 
 impl Launches {
