@@ -242,7 +242,8 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
         let found = "enabled=false in [interop], so no Windows programs start here, on purpose";
         findings.push(Finding::note(check, format!("{path}: {found}")));
     }
-    if findings.is_empty() {
+    // What cannot be read says nothing; the defaults hold, which the warning tells.
+    if findings.is_empty() && decision.reading != Reading::Failed {
         let nothing = match decision.reading {
             Reading::Missing => "no ",
             _ => "",
