@@ -1,7 +1,6 @@
 //! What systemd says of some of its units, asked over D-Bus as org.freedesktop.systemd1(5) has it.
 //! Written out, since these few calls are less than any library for them.
 
-use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -106,14 +105,14 @@ fn ask(timed: Timed, on_a_bus: bool, names: &[&str]) -> anyhow::Result<Vec<Unit>
     if on_a_bus {
         calls = call(1, ["/org/freedesktop/DBus", BUS, "Hello", BUS], &[]);
     }
-    let mut waiting = BTreeMap::new();
+    let mut waiting = Vec::new();
     for (unit, name) in names.iter().enumerate() {
         for (interface, property) in PROPERTIES {
             if interface == SERVICE && !name.ends_with(".service") {
                 continue;
             }
             let serial = waiting.len() as u32 + 2;
-            waiting.insert(serial, (unit, property));
+            waiting.push((serial, unit, property));
             let target = [&object_path(name), INTERFACES, "Get", SYSTEMD];
             calls.extend(call(serial, target, &[interface, property]));
         }
@@ -124,8 +123,10 @@ fn ask(timed: Timed, on_a_bus: bool, names: &[&str]) -> anyhow::Result<Vec<Unit>
     while !waiting.is_empty() {
         let message = receive(&mut input)?;
         let (serial, reply) = parse(&message).context("malformed message")?;
+        let value = reply?;
         // Others are signals, and the reply to Hello. Every error is about a call of ours.
-        if let (Some((unit, property)), value) = (waiting.remove(&serial), reply?) {
+        if let Some(at) = waiting.iter().position(|call| call.0 == serial) {
+            let (_, unit, property) = waiting.swap_remove(at);
             units
                 .get_mut(unit)
                 .and_then(|unit| unit.set(property, value))

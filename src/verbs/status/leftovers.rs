@@ -34,12 +34,10 @@ fn rules(host: &Host) -> Vec<Finding> {
     let ours =
         |rule: &&Rule| [NAME, LATE].contains(&rule.name.as_str()) || rule.interpreter == INIT;
     let mut findings = Vec::new();
-    for path in found
-        .iter()
-        .filter(ours)
-        .map(|rule| &rule.path)
-        .collect::<BTreeSet<_>>()
-    {
+    // Those of one file follow each other.
+    let mut paths: Vec<_> = found.iter().filter(ours).map(|rule| &rule.path).collect();
+    paths.dedup();
+    for path in paths {
         let in_file = || found.iter().filter(|rule| rule.path == *path);
         let what: Vec<_> = in_file().filter(ours).map(name_and_flags).collect();
         let mend = match in_file().all(|rule| ours(&rule)) {
