@@ -87,28 +87,29 @@ impl Entry {
 
     /// What it is to a Windows program while it is enabled.
     pub fn claim(&self) -> Claim {
-        let (magic, mask) = match &self.pattern {
+        let (offset, magic, mask) = match &self.pattern {
             Pattern::Extension(extension) if extension.eq_ignore_ascii_case("exe") => {
                 return Claim::Equal
             }
+            Pattern::Extension(_) => return Claim::None,
             Pattern::Magic {
-                offset: 0,
+                offset,
                 magic,
                 mask,
-            } => (magic, mask),
-            _ => return Claim::None,
+            } => (*offset, magic, mask),
         };
         let mask_at = |i: usize| {
             mask.as_ref()
                 .map_or(0xff, |m| m.get(i).copied().unwrap_or(0))
         };
+        let mz_at = |i: usize| b"MZ".get(offset.saturating_add(i));
         let takes_mz = magic
             .iter()
-            .zip(b"MZ")
             .enumerate()
-            .all(|(i, (m, z))| (m ^ z) & mask_at(i) == 0);
-        let wants_more = (2..magic.len()).any(|i| mask_at(i) != 0);
-        let wants_mz = magic.starts_with(b"MZ") && mask_at(0) != 0 && mask_at(1) != 0;
+            .all(|(i, m)| mz_at(i).is_none_or(|z| (m ^ z) & mask_at(i) == 0));
+        let wants_more = (0..magic.len()).any(|i| mz_at(i).is_none() && mask_at(i) != 0);
+        let wants_mz =
+            offset == 0 && magic.starts_with(b"MZ") && mask_at(0) != 0 && mask_at(1) != 0;
         match (takes_mz, wants_more) {
             (true, false) => Claim::Equal,
             (true, true) if wants_mz => Claim::Longer,
@@ -163,12 +164,11 @@ impl Entry {
             ],
         };
         // The kernel takes any character for the one between fields, and ':' may be in a path.
-        let taken = |c: &char| {
-            name.contains(*c) || self.interpreter.contains(*c) || fields.join("").contains(*c)
-        };
+        let text = [name, &self.interpreter, &self.flags, &fields.concat()].concat();
         let between = [':', '|', ';', ',']
             .into_iter()
-            .find(|c| !taken(c))
+            .chain('!'..='~')
+            .find(|c| !text.contains(*c))
             .unwrap_or(':');
         let [kind, offset, magic, mask] = &fields;
         [
@@ -383,6 +383,7 @@ mod tests {
         let magic = entry("offset 4\nmagic 4d5a\nmask ff0f");
         assert_eq!(magic.rule("a"), r":a:M:4:\x4d\x5a:\xff\x0f:/a b:PF");
         assert_eq!(magic.rule("a:b"), r"|a:b|M|4|\x4d\x5a|\xff\x0f|/a b|PF");
+        assert_eq!(magic.rule(":|;,"), r"!:|;,!M!4!\x4d\x5a!\xff\x0f!/a b!PF");
         assert_eq!(entry("extension .exe").rule("a"), ":a:E::exe::/a b:PF");
     }
 
@@ -413,6 +414,8 @@ mod tests {
             ("offset 0\nmagic 4d", Claim::Equal),
             ("offset 0\nmagic 4d5a9000\nmask ffff0000", Claim::Equal),
             ("offset 0\nmagic 4d00\nmask ff00", Claim::Equal),
+            ("offset 1\nmagic 5a", Claim::Equal),
+            ("offset 4\nmagic 5045\nmask 0000", Claim::Equal),
             ("extension .exe", Claim::Equal),
             ("extension .EXE", Claim::Equal),
             ("offset 0\nmagic 4d5a71467044", Claim::Longer),
