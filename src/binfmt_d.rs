@@ -42,10 +42,13 @@ pub fn files(host: &Host) -> Vec<String> {
 }
 
 /// The rules in one file.
-fn parse(text: &str, path: &str) -> Vec<Rule> {
+pub fn parse(text: &str, path: &str) -> Vec<Rule> {
     let rule = |line: &str| {
-        let mut characters = line.trim().chars();
-        let between = characters.next().filter(|c| !"#;".contains(*c))?;
+        let mut characters = line.trim_matches([' ', '\t']).chars();
+        // To the kernel it is a byte: with part of another character the name would be no text.
+        let between = characters
+            .next()
+            .filter(|c| c.is_ascii() && !"#;".contains(*c))?;
         let fields: Vec<&str> = characters.as_str().split(between).collect();
         let field = |at: usize| fields.get(at).copied().unwrap_or_default().to_owned();
         let name = field(0);
@@ -59,7 +62,8 @@ fn parse(text: &str, path: &str) -> Vec<Rule> {
             path: path.to_owned(),
         })
     };
-    text.lines().filter_map(rule).collect()
+    // All of these end a line to systemd.
+    text.split(['\n', '\r', '\0']).filter_map(rule).collect()
 }
 
 #[cfg(test)]
@@ -75,6 +79,15 @@ mod tests {
         let text = "# :no:M::x::/x:\n; :no:M::x::/x:\n\n:a:M::x::/x:\n  |b:c|M||x||/x|\n:d\n";
         assert_eq!(names(text), ["a", "b:c", "d"]);
         assert!(names("::M::x::/x:\n:../x:M::x::/x:\n:status:M::x::/x:\n:").is_empty());
+    }
+
+    #[test]
+    fn lines_end_and_blanks_are_cut_as_systemd_does_it() {
+        assert_eq!(
+            names(":a:M::x::/x:\r:b:M\r\n\t:c \t\0:d"),
+            ["a", "b", "c", "d"]
+        );
+        assert!(names("\u{a0}:a:M::x::/x:\n\u{e9}a\u{e9}M\u{e9}\n").is_empty());
     }
 
     #[test]
