@@ -1,7 +1,7 @@
 //! What to emit for a WSL2 distro: configuration in, list of files and links out; nothing is
 //! touched here. The texts are the templates in `units/`, named as they are emitted.
 
-use ini::Ini;
+use ini::{Ini, ParseOption};
 
 use crate::wsl_conf::WslConf;
 
@@ -106,7 +106,25 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
 /// Whether a drop-in is the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to save interop
 /// from systemd-binfmt, and nothing else: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
-    let settings: Option<Vec<_>> = Ini::load_from_str_noescape(drop_in).ok().map(|ini| {
+    // rust-ini takes more than systemd does: ':' for '=', a setting on the line of its section, and
+    // by default quotes. CR and NUL end a line to systemd only, and it cuts no other blanks.
+    let mut lines = drop_in
+        .split('\n')
+        .map(|line| line.trim_matches([' ', '\t', '\r']));
+    let taken = lines.all(|line| match line.split_once('=') {
+        _ if line.contains(['\r', '\0']) => false,
+        _ if line.is_empty() || line.starts_with(['#', ';']) => true,
+        _ if !line.chars().all(|c| c == '\t' || matches!(c, ' '..='~')) => false,
+        Some((key, _)) => !key.contains([':', '[']),
+        None => line.starts_with('[') && line.ends_with(']'),
+    });
+    let as_it_is = ParseOption {
+        enabled_quote: false,
+        enabled_escape: false,
+        ..ParseOption::default()
+    };
+    let ini = Ini::load_from_str_opt(drop_in, as_it_is).ok();
+    let settings: Option<Vec<_>> = ini.filter(|_| taken).map(|ini| {
         let settings = ini.iter().flat_map(|(section, settings)| {
             let section = section.unwrap_or_default().to_owned();
             settings
@@ -176,6 +194,18 @@ mod tests {
         ));
         assert!(!masked(&format!("{theirs}[Service]\nExecStop=\n"), false));
         assert!(!masked("[Service]\nConditionVirtualization=!wsl\n", false));
+        // Neither does what systemd reads otherwise.
+        assert!(!masked("[Unit] ConditionVirtualization=!wsl\n", false));
+        assert!(!masked("[Unit]\nConditionVirtualization:!wsl\n", false));
+        assert!(!masked(
+            "[Unit]\nConditionVirtualization\u{a0}=!wsl\n",
+            false
+        ));
+        assert!(!masked(
+            "#\r[Service]\n[Unit]\nConditionVirtualization=!wsl\n",
+            false
+        ));
+        assert!(!masked("[Unit]\nConditionVirtualization=\"!wsl\"\n", false));
     }
 
     fn paths(plan: &Plan) -> Vec<&str> {
