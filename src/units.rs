@@ -46,7 +46,7 @@ pub fn fill(template: &str, exe: &Utf8Path, interop: bool) -> String {
         text.push('\n');
     }
     text.replace("@EXE@", &escape_command(exe))
-        .replace("@SOURCE@", &escape_specifiers(exe.as_str()))
+        .replace("@SOURCE@", &escape_value(exe))
 }
 
 /// A program's path as the first word of `ExecStart=`: what would end the word or open a quote is
@@ -55,7 +55,8 @@ fn escape_command(exe: &Utf8Path) -> String {
     let mut word = String::new();
     for c in exe.as_str().chars() {
         match c {
-            '\\' | '"' | '\'' => word.push_str(&format!("\\x{:02x}", c as u32)),
+            // The last of them would be a placeholder's.
+            '\\' | '"' | '\'' | '@' => word.push_str(&format!("\\x{:02x}", c as u32)),
             c if c.is_ascii_whitespace() || c.is_ascii_control() => {
                 word.push_str(&format!("\\x{:02x}", c as u32));
             }
@@ -63,6 +64,16 @@ fn escape_command(exe: &Utf8Path) -> String {
         }
     }
     escape_specifiers(&word)
+}
+
+/// A program's path as the value of a setting, where nothing else can be escaped. What would end
+/// the line, go on in the next or be cut, is left out: the setting is there for people.
+fn escape_value(exe: &Utf8Path) -> String {
+    let path = exe.as_str();
+    if path.contains(char::is_control) || path.ends_with(['\\', ' ']) {
+        return String::new();
+    }
+    escape_specifiers(path)
 }
 
 /// `%` begins a specifier almost everywhere in a unit (systemd.unit(5)).
@@ -111,5 +122,17 @@ mod tests {
             fill(template, exe, false),
             format!("A={command} x\nC={source}\n")
         );
+    }
+
+    #[test]
+    fn no_path_adds_to_a_unit_what_is_not_its_own() {
+        for (exe, command, source) in [
+            ("/a\nExecStop=b", "/a\\x0aExecStop=b", ""),
+            ("/a\\", "/a\\x5c", ""),
+            ("/@SOURCE@", "/\\x40SOURCE\\x40", "/@SOURCE@"),
+        ] {
+            let filled = fill("A=@EXE@\nC=@SOURCE@\n", Utf8Path::new(exe), true);
+            assert_eq!(filled, format!("A={command}\nC={source}\n"));
+        }
     }
 }
