@@ -24,15 +24,25 @@ pub fn release(host: &Host) -> anyhow::Result<()> {
         text => text.with_context(|| format!("reading {path}"))?,
     };
     let table = Table::open(host)?;
-    let ours = |line: &&str| {
-        let (inode, name) = line.split_once(' ')?;
-        (table.inode(name) == inode.parse().ok() && name != NAME).then_some(name.to_owned())
-    };
+    let names = table.names()?;
+    let ours = |line| ours(line, &names, |name| table.inode(name));
     let mut result = Ok(());
-    for name in remembered.lines().filter_map(|line| ours(&line)) {
-        result = result.and(table.unregister(&name));
+    for name in remembered.lines().filter_map(ours) {
+        result = result.and(table.unregister(name));
     }
     result.and_then(|()| fs::remove_file(&path).with_context(|| format!("removing {path}")))
+}
+
+/// The entry that a line is about, if it still is. What the table does not list, is none: it may be
+/// a path that leads out of it.
+fn ours<'a>(
+    line: &str,
+    names: &'a [String],
+    inode: impl Fn(&str) -> Option<u64>,
+) -> Option<&'a String> {
+    let (remembered, name) = line.split_once(' ')?;
+    let name = names.iter().find(|listed| *listed == name)?;
+    (name != NAME && inode(name) == remembered.parse().ok()).then_some(name)
 }
 
 /// Remembers what systemd-binfmt has just registered, for `release`. After a stop, which is told
@@ -51,4 +61,21 @@ pub fn remember(host: &Host, service_result: Option<&str>) -> anyhow::Result<()>
         .filter_map(|rule| Some(format!("{} {}\n", table.inode(&rule.name)?, rule.name)))
         .collect();
     host.write(REGISTERED, &remembered)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_entries_that_are_what_they_were_are_ours() {
+        let names = ["a", "b c", NAME].map(str::to_owned);
+        let inode = |name: &str| Some(name.len() as u64);
+        let ours = |line| ours(line, &names, inode);
+        assert_eq!(ours("1 a"), Some(&names[0]));
+        assert_eq!(ours("3 b c"), Some(&names[1]));
+        for line in ["2 a", "10 WSLInterop", "4 ../a", "x a", "x y\0", "a", ""] {
+            assert_eq!(ours(line), None, "{line:?}");
+        }
+    }
 }
