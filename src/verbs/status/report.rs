@@ -243,14 +243,18 @@ pub fn word(text: impl AsRef<str>) -> String {
     }
     // What is shown has to be what is run, in any shell.
     let mut word = String::from("\"$(printf '");
-    for byte in text.bytes() {
-        if byte.is_ascii_graphic() && plain(byte.into()) {
+    let kept = text.trim_end_matches('\n');
+    for byte in kept.bytes() {
+        // Not '-', with which an option would begin.
+        if byte.is_ascii_graphic() && byte != b'-' && plain(byte.into()) {
             word.push(byte.into());
         } else {
             let _ = write!(word, "\\{byte:03o}");
         }
     }
-    word + "')\""
+    // A substitution loses newlines at its end. A shell that does not know these quotes comes to a
+    // word that is nothing's name.
+    word + "')\"" + &r"$'\012'".repeat(text.len() - kept.len())
 }
 
 /// A string of JSON, RFC 8259.
@@ -317,6 +321,8 @@ mod tests {
             ("it's", r"'it'\''s'"),
             ("", "''"),
             ("a\nb'\u{202e}", r#""$(printf 'a\012b\047\342\200\256')""#),
+            ("a\n\n", r#""$(printf 'a')"$'\012'$'\012'"#),
+            ("-v\n-", r#""$(printf '\055v\012\055')""#),
         ] {
             assert_eq!(word(text), expected);
             let command = format!("printf %s {expected}");
