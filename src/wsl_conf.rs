@@ -64,7 +64,7 @@ pub fn parse(bytes: &[u8]) -> anyhow::Result<WslConf> {
 
 /// As many lines as are read of a file.
 fn whole_lines(bytes: &[u8]) -> &[u8] {
-    let Some(start) = bytes.get(..LONGEST) else {
+    let Some((start, [_, ..])) = bytes.split_at_checked(LONGEST) else {
         return bytes;
     };
     let end = start
@@ -326,6 +326,10 @@ mod tests {
         // Half of the value would be another one.
         assert_eq!(protects(filler(LONGEST - 25) + setting), (true, true));
         assert_eq!(protects("x".repeat(LONGEST + 1)), (true, true));
+        // As long as what is read at most, it is read to the end.
+        let setting = setting.trim_end();
+        let fitting = filler(LONGEST - setting.len()) + setting;
+        assert_eq!(protects(fitting), (false, false));
     }
 
     /// A thousand texts from the characters that mean something, from a fixed seed: whatever WSL
