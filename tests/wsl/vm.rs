@@ -72,6 +72,8 @@ impl Vm {
         nix::unistd::chroot(root)?;
         std::env::set_current_dir("/")?;
         mount("binfmt_misc", TABLE, "binfmt_misc", "")?;
+        // What the program under test writes there is not the machine's, nor another VM's.
+        mount("tmpfs", "/run", "tmpfs", "mode=755")?;
 
         fs::create_dir("/vm")?;
         fs::copy(paths.init(), "/vm/init")?;
