@@ -7,6 +7,7 @@ mod generations;
 mod order;
 mod packages;
 mod promises;
+mod races;
 mod release;
 mod soft_spots;
 mod status;
@@ -42,6 +43,7 @@ const TESTS: &[&[Test]] = &[
     verbs::VERBS,
     order::ORDER,
     watch::WATCH,
+    races::RACES,
     status::STATUS,
     debian_package::DEBIAN_PACKAGE,
 ];

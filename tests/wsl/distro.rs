@@ -225,8 +225,25 @@ pub struct Distro {
 impl Distro {
     /// What a shell command in the distro prints, errors included.
     pub fn run(&self, command: &str) -> String {
-        let output = Command::new("timeout")
-            .arg(TIMEOUT.as_secs().to_string())
+        let mut shell = self.shell_within(TIMEOUT.as_secs(), command);
+        match shell.stdin(Stdio::null()).output() {
+            Ok(output) => {
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// A shell in the distro, yet to be started, that runs a command; errors go to its output.
+    pub fn shell(&self, command: &str) -> Command {
+        self.shell_within(0, command)
+    }
+
+    /// For so many seconds; with 0, until the VM ends.
+    fn shell_within(&self, seconds: u64, command: &str) -> Command {
+        let mut shell = Command::new("timeout");
+        shell
+            .arg(seconds.to_string())
             // Not --all: it would enter the user namespace that it is already in.
             .args([
                 "nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w",
@@ -234,15 +251,8 @@ impl Distro {
             .args(["sh", "-c", &format!("exec 2>&1; {command}")])
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LANG", "C.UTF-8")
-            .stdin(Stdio::null())
-            .output();
-        match output {
-            Ok(output) => {
-                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
-            }
-            Err(error) => error.to_string(),
-        }
+            .env("LANG", "C.UTF-8");
+        shell
     }
 
     /// Stops its systemd from doing anything.
