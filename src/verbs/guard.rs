@@ -11,12 +11,15 @@ use camino::Utf8Path;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 
 use crate::host::{Host, BINFMT_MISC, GUARD_FILE};
+use crate::registry::Table;
 
 /// Binds a read-only file over the status file, unless something already is.
 ///
 /// # Errors
 /// binfmt_misc is not mounted, or a mount fails; then the status file is as it was.
 pub fn guard(host: &Host) -> anyhow::Result<()> {
+    // Two at once would mount twice.
+    let _lock = Table::open(host)?.lock();
     let table = host.path(BINFMT_MISC);
     let status = table.join("status");
     if is_bound_over(&status, &table)? {
@@ -41,7 +44,7 @@ fn is_bound_over(status: &Utf8Path, table: &Utf8Path) -> anyhow::Result<bool> {
     let device = |path: &Utf8Path| {
         fs::metadata(path)
             .map(|m| m.dev())
-            .with_context(|| format!("looking at {path} (is binfmt_misc mounted?)"))
+            .with_context(|| format!("looking at {path}"))
     };
     Ok(device(status)? != device(table)?)
 }

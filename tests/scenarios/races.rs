@@ -110,6 +110,19 @@ pub const RACES: &[Test] = &[
             Ok(())
         },
     ),
+    ("four guards at once mount once, 1,000 times", |vm| {
+        let program = vm.generator().get_program().to_string_lossy().into_owned();
+        let guard = || in_vm(&format!("{program} guard 2>&1"));
+        let mut racers = Racers::start_up((0..4).map(|_| guard()).collect())?;
+        for round in 0..ROUNDS {
+            racers.start()?;
+            racers.finish()?;
+            let mounts = vm.mounts_on(STATUS)?;
+            ensure!(mounts == 1, "round {round}: {mounts} mounts");
+            vm.unmount(STATUS)?;
+        }
+        Ok(())
+    }),
     ("guard and WSL's lock at once, 1,000 times", |vm| {
         let mine = vm.distro("mine", "trixie").generator(true).boot()?;
         let counted = mine.run(GUARD_AND_LOCK);
@@ -183,6 +196,7 @@ const GUARD_AND_LOCK: &str = r#"
         fi
     done | sort | uniq -c"#;
 
+const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
 const WANTED: &str = "enabled, interpreter /init, flags: PF";
 
 const RUNNING: &str = "systemd-binfmt active, system running";
