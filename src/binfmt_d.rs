@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::host::{Host, BINFMT_D};
+use crate::registry::is_name;
 
 /// One rule, as far as anybody here asks.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,10 +53,7 @@ pub fn parse(text: &str, path: &str) -> Vec<Rule> {
         let fields: Vec<&str> = characters.as_str().split(between).collect();
         let field = |at: usize| fields.get(at).copied().unwrap_or_default().to_owned();
         let name = field(0);
-        // The kernel takes no other names, and a path must not lead out of the table.
-        let valid =
-            !["", ".", "..", "register", "status"].contains(&name.as_str()) && !name.contains('/');
-        valid.then(|| Rule {
+        is_name(&name).then(|| Rule {
             name,
             interpreter: field(5),
             flags: field(6),

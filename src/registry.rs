@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{anyhow, Context};
-use camino::Utf8PathBuf;
+use anyhow::{anyhow, bail, Context};
+use camino::{Utf8Path, Utf8PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::host::{Host, BINFMT_MISC};
@@ -278,7 +278,7 @@ impl Table {
     /// # Errors
     /// It cannot be read.
     pub fn read(&self, name: &str) -> anyhow::Result<Option<Entry>> {
-        let path = self.directory.join(name);
+        let path = self.file_of(name)?;
         match fs::read_to_string(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             text => text
@@ -291,9 +291,7 @@ impl Table {
 
     /// Tells an entry from one that is registered under its name later.
     pub fn inode(&self, name: &str) -> Option<u64> {
-        fs::metadata(self.directory.join(name))
-            .ok()
-            .map(|m| m.ino())
+        fs::metadata(self.file_of(name).ok()?).ok().map(|m| m.ino())
     }
 
     /// Registers a rule, `:name:type:offset:magic:mask:interpreter:flags`.
@@ -301,28 +299,40 @@ impl Table {
     /// # Errors
     /// The kernel refuses it, also because the name is taken.
     pub fn register(&self, rule: &str) -> anyhow::Result<()> {
-        self.write("register", rule)
+        write(&self.directory.join("register"), rule)
     }
 
     /// Removes an entry. One that is gone already is as it should be.
     ///
     /// # Errors
-    /// The kernel refuses it.
+    /// The kernel refuses it, or it is not the name of an entry.
     pub fn unregister(&self, name: &str) -> anyhow::Result<()> {
-        match self.write(name, "-1") {
+        match write(&self.file_of(name)?, "-1") {
             Err(error) if is_not_found(&error) => Ok(()),
             result => result,
         }
     }
 
-    fn write(&self, file: &str, text: &str) -> anyhow::Result<()> {
-        let path = self.directory.join(file);
-        OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .with_context(|| format!("writing {text} to {path}"))
+    fn file_of(&self, name: &str) -> anyhow::Result<Utf8PathBuf> {
+        if !is_name(name) {
+            bail!("{name:?} is not the name of an entry");
+        }
+        Ok(self.directory.join(name))
     }
+}
+
+/// Whether an entry may be called so: the kernel takes no other names, and a path must lead neither
+/// out of the table nor to the files in it that are no entries.
+pub fn is_name(name: &str) -> bool {
+    !["", ".", "..", "register", "status"].contains(&name) && !name.contains('/')
+}
+
+fn write(path: &Utf8Path, text: &str) -> anyhow::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("writing {text} to {path}"))
 }
 
 fn is_not_found(error: &anyhow::Error) -> bool {

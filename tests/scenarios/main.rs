@@ -9,6 +9,7 @@ mod packages;
 mod promises;
 mod races;
 mod release;
+mod security;
 mod soft_spots;
 mod status;
 mod verbs;
@@ -44,6 +45,7 @@ const TESTS: &[&[Test]] = &[
     order::ORDER,
     watch::WATCH,
     races::RACES,
+    security::SECURITY,
     status::STATUS,
     debian_package::DEBIAN_PACKAGE,
 ];
