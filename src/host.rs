@@ -1,11 +1,11 @@
 //! The machine as this program sees it: the only place with absolute paths, every one of them
 //! below `$WSL_BINFMT_ROOT`. What is read here is handed on as plain values.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::Context;
@@ -126,16 +126,29 @@ impl Host {
         Ok(bytes)
     }
 
-    /// Writes a file, and the directory that it is in.
+    /// Writes a file, and the directory that it is in. Whatever the caller's umask, everybody may
+    /// read them, and only their owner may write.
     ///
     /// # Errors
     /// Either cannot be written.
     pub fn write(&self, absolute: &str, text: &str) -> anyhow::Result<()> {
         let path = self.path(absolute);
         if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory).with_context(|| format!("creating {directory}"))?;
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(directory)
+                .and_then(|()| fs::set_permissions(directory, Permissions::from_mode(0o755)))
+                .with_context(|| format!("creating {directory}"))?;
         }
-        fs::write(&path, text).with_context(|| format!("writing {path}"))
+        let write = || {
+            let mut options = OpenOptions::new();
+            let options = options.write(true).create(true).truncate(true).mode(0o644);
+            let mut file = options.open(&path)?;
+            file.set_permissions(Permissions::from_mode(0o644))?;
+            file.write_all(text.as_bytes())
+        };
+        write().with_context(|| format!("writing {path}"))
     }
 
     /// Whether `absolute` is a regular file with an execute bit.
