@@ -35,6 +35,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (generations::LOCK_BEFORE_250, &["bullseye"]),
     (release::RELEASE, &["bookworm", "trixie"]),
     (packages::SCENARIOS, packages::SUITES),
+    (security::UNITS, SUITES),
     (soft_spots::SOFT_SPOTS, &["trixie"]),
     (soft_spots::SOFT_REBOOT, &["trixie", "forky"]),
 ];

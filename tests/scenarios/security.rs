@@ -1,4 +1,4 @@
-//! That nobody gains anything by this project who is not root already.
+//! What each unit may do, and that nobody gains anything by this project who is not root already.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -6,10 +6,87 @@ use std::process::Command;
 
 use anyhow::ensure;
 
+use crate::promises::{Expect, Scenario, Setting};
 use crate::verbs::Test;
+
+/// What `systemd-analyze security` gives the units at most, from 0 to 10.
+const CEILINGS: [(&str, f32); 3] = [
+    ("wsl-interop-restore.service", 0.9),
+    // It makes a mount that is to stay, so it has no mount namespace of its own.
+    ("wsl-binfmt-guard.service", 3.5),
+    // systemd's own, which it does not lock down, and neither do we.
+    ("systemd-binfmt.service", 9.5),
+];
+
+/// For every systemd: what is locked on one may hide the table on another.
+pub const UNITS: &[Scenario] = &[Scenario {
+    name: "security: units are locked down, and work",
+    play: units_are_locked_down,
+    expect: Expect::Differs {
+        stock: &[
+            "wsl-interop-restore.service: not there",
+            "wsl-binfmt-guard.service: not there",
+            "systemd-binfmt.service: at most 9.5",
+            "the watcher may write to: ",
+            "WSLInterop after a wipe: missing",
+            "complaints: ",
+        ],
+        ours: &[
+            "wsl-interop-restore.service: at most 0.9",
+            "wsl-binfmt-guard.service: at most 3.5",
+            "systemd-binfmt.service: at most 9.5",
+            "the watcher may write to: /var/tmp /tmp /proc/sys/fs/binfmt_misc",
+            "WSLInterop after a wipe: enabled, interpreter /init, flags: PF",
+            "complaints: ",
+        ],
+    },
+}];
 
 /// What empties the table when `-1` is written to it.
 const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
+
+fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
+    let mine = setting.mine().boot()?;
+    let mut seen = Vec::new();
+    for (unit, ceiling) in CEILINGS {
+        let report = mine.run(&format!("systemd-analyze security --no-pager {unit}"));
+        let exposure = report.split(&format!("{unit}: ")).nth(1);
+        let exposure = exposure.and_then(|rest| rest.split(' ').next()?.parse::<f32>().ok());
+        seen.push(match exposure {
+            Some(exposure) if exposure <= ceiling => format!("{unit}: at most {ceiling:.1}"),
+            Some(exposure) => format!("{unit}: {exposure}"),
+            None => format!("{unit}: not there"),
+        });
+    }
+    let writable = mine.run(
+        "pid=$(systemctl show --property=MainPID --value wsl-interop-restore)
+        [ \"$pid\" = 0 ] || nsenter -t \"$pid\" -m -r -w sh -c '
+            for path in / /etc /usr /root /var /var/tmp /run /tmp /dev /dev/shm /sys \
+                /sys/fs/cgroup /proc/sys /proc/sys/kernel /proc/sys/fs/binfmt_misc; do
+                [ -w $path ] && printf \" %s\" $path
+            done'",
+    );
+    seen.push(format!("the watcher may write to: {}", writable.trim()));
+    setting.vm.renew_interop()?;
+    setting.vm.write("status", "-1")?;
+    mine.run(
+        "for i in $(seq 20); do
+            [ -e /proc/sys/fs/binfmt_misc/WSLInterop ] && break
+            sleep 0.1
+        done",
+    );
+    seen.push(format!(
+        "WSLInterop after a wipe: {}",
+        setting.vm.entry("WSLInterop")
+    ));
+    // In a user namespace systemd 262 misses a file of each cgroup.
+    let complaints = mine.run(
+        "journalctl --no-pager --quiet --output=cat --priority=warning \
+         --unit=wsl-interop-restore --unit=wsl-binfmt-guard | grep -v 'Failed to read pids.max'",
+    );
+    seen.push(format!("complaints: {}", complaints.trim()));
+    Ok(seen)
+}
 
 /// What nobody of the distro gets, and what root keeps.
 pub const SECURITY: &[Test] = &[

@@ -33,21 +33,6 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         },
     },
     Scenario {
-        name: "the watcher is locked down",
-        play: |setting| {
-            let mine = setting.mine().boot()?;
-            let report =
-                mine.run("systemd-analyze security --no-pager wsl-interop-restore.service");
-            let exposure = report.split("wsl-interop-restore.service: ").nth(1);
-            let exposure = exposure.and_then(|rest| rest.split(' ').next());
-            Ok(vec![format!("exposure: {}", exposure.unwrap_or("unknown"))])
-        },
-        expect: Expect::Differs {
-            stock: &["exposure: unknown"],
-            ours: &["exposure: 1.5"],
-        },
-    },
-    Scenario {
         name: "Ubuntu's condition against WSL",
         play: |setting| {
             let mine = setting.mine().file(UBUNTUS_PATH, UBUNTUS).boot()?;
