@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use anyhow::ensure;
+use wsl_vm::Distro;
 
 use crate::promises::{Expect, Scenario, Setting};
 use crate::verbs::Test;
@@ -19,28 +20,66 @@ const CEILINGS: [(&str, f32); 3] = [
 ];
 
 /// For every systemd: what is locked on one may hide the table on another.
-pub const UNITS: &[Scenario] = &[Scenario {
-    name: "security: units are locked down, and work",
-    play: units_are_locked_down,
-    expect: Expect::Differs {
-        stock: &[
-            "wsl-interop-restore.service: not there",
-            "wsl-binfmt-guard.service: not there",
-            "systemd-binfmt.service: at most 9.5",
-            "the watcher may write to: ",
-            "WSLInterop after a wipe: missing",
-            "complaints: ",
-        ],
-        ours: &[
-            "wsl-interop-restore.service: at most 0.9",
-            "wsl-binfmt-guard.service: at most 3.5",
-            "systemd-binfmt.service: at most 9.5",
-            "the watcher may write to: /var/tmp /tmp /proc/sys/fs/binfmt_misc",
-            "WSLInterop after a wipe: enabled, interpreter /init, flags: PF",
-            "complaints: ",
-        ],
+pub const UNITS: &[Scenario] = &[
+    Scenario {
+        name: "security: units are locked down, and work",
+        play: units_are_locked_down,
+        expect: Expect::Differs {
+            stock: &[
+                "wsl-interop-restore.service: not there",
+                "wsl-binfmt-guard.service: not there",
+                "systemd-binfmt.service: at most 9.5",
+                "the watcher may write to: ",
+                "WSLInterop after a wipe: missing",
+                "complaints: ",
+            ],
+            ours: &[
+                "wsl-interop-restore.service: at most 0.9",
+                "wsl-binfmt-guard.service: at most 3.5",
+                "systemd-binfmt.service: at most 9.5",
+                "the watcher may write to: /var/tmp /tmp /proc/sys/fs/binfmt_misc",
+                "WSLInterop after a wipe: enabled, interpreter /init, flags: PF",
+                "complaints: ",
+            ],
+        },
     },
-}];
+    Scenario {
+        name: "security: a program whose path means something in units",
+        play: |setting| {
+            let mine = setting.mine().boot()?;
+            // Quotes and backslashes systemd takes in no program's path.
+            let path = "/etc/systemd/system-generators/a %n %% $HOME ${PATH} ; #b é";
+            let seen = mine.run(&format!(
+                "mkdir -p /etc/systemd/system-generators
+                mv \"$(readlink -f /usr/bin/wsl-binfmt)\" '{path}' 2>/dev/null
+                umount {STATUS} 2>/dev/null
+                systemctl daemon-reload
+                for unit in wsl-binfmt-guard wsl-interop-restore systemd-binfmt; do
+                    systemctl restart $unit 2>/dev/null
+                    echo $unit: $(systemctl is-active $unit)
+                done
+                systemctl show --property=SourcePath --value wsl-binfmt-guard
+                grep -o {STATUS} /proc/self/mountinfo"
+            ));
+            Ok(seen.lines().map(str::to_owned).collect())
+        },
+        expect: Expect::Differs {
+            stock: &[
+                "wsl-binfmt-guard: inactive",
+                "wsl-interop-restore: inactive",
+                "systemd-binfmt: active",
+                "",
+            ],
+            ours: &[
+                "wsl-binfmt-guard: active",
+                "wsl-interop-restore: active",
+                "systemd-binfmt: active",
+                "/etc/systemd/system-generators/a %n %% $HOME ${PATH} ; #b é",
+                STATUS,
+            ],
+        },
+    },
+];
 
 /// What empties the table when `-1` is written to it.
 const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
@@ -90,6 +129,41 @@ fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
 
 /// What nobody of the distro gets, and what root keeps.
 pub const SECURITY: &[Test] = &[
+    ("security: an unprivileged user gains nothing", |vm| {
+        let mine = vm.distro("mine", "trixie").generator(true).boot()?;
+        let modes = mine.run(
+            "program=$(readlink -f /usr/bin/wsl-binfmt)
+            stat --format='%a %U %G' \"$program\" /run/wsl-binfmt /run/wsl-binfmt/*
+            python3 -c 'import os, sys; print(os.listxattr(sys.argv[1]))' \"$program\"",
+        );
+        ensure!(
+            modes == "755 root root\n755 root root\n644 root root\n644 root root\n[]\n",
+            "{modes}"
+        );
+        // So that every verb has something to do.
+        mine.run(&format!(
+            "systemctl stop wsl-interop-restore; umount {STATUS}
+            echo -1 >/proc/sys/fs/binfmt_misc/WSLInterop"
+        ));
+        let before = roots_own(&mine);
+        ensure!(before.contains("/run/wsl-binfmt/status"), "{before}");
+        let said = mine.run(AS_NOBODY);
+        ensure!(
+            roots_own(&mine) == before,
+            "{before}\nthen:\n{}",
+            roots_own(&mine)
+        );
+        // What it did below a directory of its own, it did as nobody.
+        let expected = "\
+            restore: 1\nrestore --watch: 1\nguard: 1\nrelease: 1\nrelease --remember: 1\n\
+            generator: 1\n\
+            in an own root:\n\
+            restore: 1\nrestore --watch: 1\nguard: 1\nrelease: 1\nrelease --remember: 0\n\
+            generator: 0\nnobody\n\
+            set-environment: refused\nmkdir: refused\n";
+        ensure!(said == expected, "{said}");
+        Ok(())
+    }),
     (
         "security: what is written below /run is root's, whatever the umask",
         |vm| {
@@ -170,3 +244,49 @@ pub const SECURITY: &[Test] = &[
         Ok(())
     }),
 ];
+
+/// All that root has made here, and the table.
+fn roots_own(distro: &Distro) -> String {
+    distro.run(
+        "cd /run/systemd
+        find /run/wsl-binfmt generator* system transient system.control /etc \
+            /proc/sys/fs/binfmt_misc -printf '%p %i %M %u %s %T@ %l\\n' 2>/dev/null
+        grep . /proc/sys/fs/binfmt_misc/W* /run/wsl-binfmt/*; grep binfmt_misc /proc/self/mountinfo
+        systemctl show-environment",
+    )
+}
+
+/// Every verb, with an environment that would be of use if it got anywhere: first on the distro,
+/// then below a directory of its own that looks like one.
+const AS_NOBODY: &str = r#"
+    cat >/tmp/script <<'END'
+    export LD_PRELOAD=/tmp/own/x.so LD_LIBRARY_PATH=/tmp/own RUST_BACKTRACE=full JOURNAL_STREAM=1:1
+    export NOTIFY_SOCKET=/run/systemd/notify SERVICE_RESULT=x SYSTEMD_SCOPE=system container=wsl
+    all() {
+        for verb in "restore" "restore --watch" "guard" "release" "release --remember"; do
+            timeout 5 wsl-binfmt $verb >/dev/null 2>&1
+            echo "$verb: $?"
+        done
+        $(readlink -f /usr/bin/wsl-binfmt) "$1" >/dev/null 2>&1
+        echo "generator: $?"
+    }
+    all /run/systemd/generator.early
+    mkdir -p /tmp/own/proc/sys/fs/binfmt_misc /tmp/own/proc/sys/kernel /tmp/own/proc/self \
+        /tmp/own/run/wsl-binfmt /tmp/own/out
+    cp /proc/sys/kernel/osrelease /tmp/own/proc/sys/kernel
+    ln -s /proc/self/mounts /tmp/own/proc/self
+    cp /init /tmp/own
+    cd /tmp/own/proc/sys/fs/binfmt_misc
+    ln -s /proc/sys/fs/binfmt_misc/* .
+    rm status
+    echo enabled >status
+    stat --format='%i %n' -L python* >/tmp/own/run/wsl-binfmt/registered
+    export WSL_BINFMT_ROOT=/tmp/own
+    echo "in an own root:"
+    all /tmp/own/out
+    stat --format=%U /tmp/own/out/wsl-binfmt-guard.service
+    systemctl set-environment WSL_BINFMT_ROOT=/tmp/own 2>/dev/null ||
+        echo "set-environment: refused"
+    mkdir /run/wsl-binfmt-2 2>/dev/null || echo "mkdir: refused"
+END
+    setpriv --reuid=nobody --regid=nogroup --clear-groups sh /tmp/script 2>/dev/null"#;
