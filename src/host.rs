@@ -151,27 +151,47 @@ impl Host {
         write().with_context(|| format!("writing {path}"))
     }
 
-    /// Whether `absolute` is a regular file with an execute bit.
+    /// Whether `absolute` is a regular file with an execute bit. One that cannot be looked at may
+    /// well be: whoever runs it will see.
     pub fn is_executable(&self, absolute: &str) -> bool {
-        fs::metadata(self.path(absolute))
-            .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        match fs::metadata(self.path(absolute)) {
+            Ok(metadata) => metadata.is_file() && metadata.permissions().mode() & 0o111 != 0,
+            Err(error) => !is_missing(&error),
+        }
     }
 
-    /// What WSL, the vendor and the admin have put beside what is emitted here.
-    pub fn neighbors(&self) -> Neighbors {
-        let is_there = |path: &str| fs::symlink_metadata(self.path(path)).is_ok();
-        let drop_in = |directories: &[&str], name: &str| {
+    /// What WSL, the vendor and the admin have put beside what is emitted here. What cannot be
+    /// looked at is taken to be there, so that nothing of the admin's is masked, and reported.
+    pub fn neighbors(&self, mut report: impl FnMut(String)) -> Neighbors {
+        let mut doubt = |path: &str, error: io::Error| {
+            // What is no file is no error of the system's.
+            let doubtful = error.raw_os_error().is_some() && !is_missing(&error);
+            if doubtful {
+                report(format!("looking at {}: {error}", self.path(path)));
+            }
+            doubtful
+        };
+        let [vendor, ..] = VENDOR_UNITS;
+        let condition = "systemd-binfmt.service.d/wsl.conf";
+        let theirs = format!("{vendor}/{condition}");
+        let vendor_wsl_conf = self.read(&theirs).unwrap_or_else(|error| {
+            doubt(&theirs, error);
+            Vec::new()
+        });
+        let mut is_there = |path: &str| match fs::symlink_metadata(self.path(path)) {
+            Ok(_) => true,
+            Err(error) => doubt(path, error),
+        };
+        let mut drop_in = |directories: &[&str], name: &str| {
             directories.iter().any(|d| is_there(&format!("{d}/{name}")))
         };
         let all = [LOCAL_UNITS.as_slice(), &VENDOR_UNITS].concat();
-        let condition = "systemd-binfmt.service.d/wsl.conf";
-        let [vendor, ..] = VENDOR_UNITS;
         Neighbors {
-            wsl_generator: is_there(WSL_GENERATOR),
             systemd_binfmt_override: drop_in(&all, "systemd-binfmt.service.d/override.conf"),
             binfmt_support_override: drop_in(&all, "binfmt-support.service.d/override.conf"),
-            vendor_wsl_conf: self.text(&format!("{vendor}/{condition}")),
             local_wsl_conf: drop_in(&LOCAL_UNITS, condition),
+            wsl_generator: is_there(WSL_GENERATOR),
+            vendor_wsl_conf: String::from_utf8_lossy(&vendor_wsl_conf).into_owned(),
         }
     }
 
@@ -314,6 +334,11 @@ pub fn notify_systemd(state: &str) -> io::Result<()> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.send_to_addr(state.as_bytes(), &address).map(drop)
+}
+
+/// Whether an error says that there is nothing of that name.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 /// Opens for reading; a FIFO that nobody writes to does not hold us up.

@@ -21,6 +21,9 @@ pub enum Output {
         path: &'static str,
         /// The text of the link.
         target: &'static str,
+        /// The file, earlier in the plan, without which the link would do harm: a unit that it
+        /// enables, or a drop-in that does what is masked in a better way.
+        needs: &'static str,
     },
 }
 
@@ -72,6 +75,7 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
         Output::Link {
             path: "sysinit.target.wants/wsl-binfmt-guard.service",
             target: "../wsl-binfmt-guard.service",
+            needs: "wsl-binfmt-guard.service",
         },
     ];
     if conf.interop_enabled {
@@ -80,22 +84,26 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
         outputs.push(Output::Link {
             path: "sysinit.target.wants/wsl-interop-restore.service",
             target: "../wsl-interop-restore.service",
+            needs: "wsl-interop-restore.service",
         });
     }
-    let mut mask = |path| {
+    let binfmt = "systemd-binfmt.service.d/10-wsl-interop.conf";
+    let support = "binfmt-support.service.d/10-wsl-interop.conf";
+    let mut mask = |path, needs| {
         outputs.push(Output::Link {
             path,
             target: "/dev/null",
+            needs,
         })
     };
     if neighbors.wsl_generator && !neighbors.systemd_binfmt_override {
-        mask("systemd-binfmt.service.d/override.conf");
+        mask("systemd-binfmt.service.d/override.conf", binfmt);
     }
     if neighbors.wsl_generator && !neighbors.binfmt_support_override {
-        mask("binfmt-support.service.d/override.conf");
+        mask("binfmt-support.service.d/override.conf", support);
     }
     if !neighbors.local_wsl_conf && switches_binfmt_off_on_wsl(&neighbors.vendor_wsl_conf) {
-        mask("systemd-binfmt.service.d/wsl.conf");
+        mask("systemd-binfmt.service.d/wsl.conf", binfmt);
     }
     Plan {
         outputs,
@@ -146,7 +154,7 @@ mod tests {
 
     fn masks(neighbors: &Neighbors) -> Vec<&'static str> {
         let masked = |output: &Output| match output {
-            Output::Link { path, target } if *target == "/dev/null" => Some(*path),
+            Output::Link { path, target, .. } if *target == "/dev/null" => Some(*path),
             _ => None,
         };
         let plan = plan(&WslConf::default(), neighbors);
@@ -213,6 +221,24 @@ mod tests {
             Output::File { path, .. } | Output::Link { path, .. } => *path,
         };
         plan.outputs.iter().map(path).collect()
+    }
+
+    #[test]
+    fn what_a_link_needs_is_written_before_it() {
+        let neighbors = Neighbors {
+            wsl_generator: true,
+            vendor_wsl_conf: "[Unit]\nConditionVirtualization=!wsl\n".to_owned(),
+            ..Neighbors::default()
+        };
+        let plan = plan(&WslConf::default(), &neighbors);
+        let mut files = Vec::new();
+        for output in &plan.outputs {
+            match output {
+                Output::File { path, .. } => files.push(*path),
+                Output::Link { path, needs, .. } => assert!(files.contains(needs), "{path}"),
+            }
+        }
+        assert_eq!(plan.outputs.len() - files.len(), 5);
     }
 
     #[test]

@@ -2,35 +2,58 @@
 //! wants it, `@SOURCE@` the same as `SourcePath=` wants it, and a line that begins with
 //! `@INTEROP@` is there only while interop is on.
 
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{symlink, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Error};
 use camino::Utf8Path;
+use nix::errno::Errno;
+use nix::fcntl::{openat, readlinkat, AtFlags, OFlag, AT_FDCWD};
+use nix::sys::stat::{mkdirat, Mode};
+use nix::unistd::{linkat, symlinkat, unlinkat, UnlinkatFlags};
 
 use crate::plan::{Output, Plan};
 
-/// Writes all of the plan below `directory`. What stands in the way of one output does not keep
-/// the others from being written: every error is returned.
-pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> Vec<Error> {
-    let write_one = |output: &Output| match output {
-        Output::File { path, template } => {
-            let path = directory.join(path);
-            create_file(&path, &fill(template, exe, plan.interop))
-                .with_context(|| format!("writing {path}"))
+/// Writes all of the plan below `directory`, which is made unless it is there. What stands in the
+/// way of one output keeps only those from being written that need it: every error is returned.
+/// No link is followed, so that nothing leads outside; also `directory` itself must not be one,
+/// since systemd makes a real directory.
+///
+/// # Errors
+/// There is no such directory, and so nothing was written.
+pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Result<Vec<Error>> {
+    let top = open_directory(AT_FDCWD, directory.as_str())
+        .or_else(|error| match error {
+            Errno::ENOENT => {
+                fs::create_dir_all(directory)?;
+                Ok(open_directory(AT_FDCWD, directory.as_str())?)
+            }
+            error => Err(io::Error::from(error)),
+        })
+        .with_context(|| {
+            format!("opening {directory}, which must be a directory and no link to one")
+        })?;
+    let mut errors = Vec::new();
+    let mut written = Vec::new();
+    for output in &plan.outputs {
+        let (path, doing, result) = match output {
+            Output::File { path, template } => {
+                let text = fill(template, exe, plan.interop);
+                (path, "writing", create_file(&top, path, &text))
+            }
+            Output::Link { path, needs, .. } if !written.contains(needs) => {
+                let error = Error::msg(format!("it needs {needs}, which was not written"));
+                (path, "linking", Err(error))
+            }
+            Output::Link { path, target, .. } => (path, "linking", create_link(&top, path, target)),
+        };
+        match result {
+            Ok(()) => written.push(path),
+            Err(error) => errors.push(error.context(format!("{doing} {directory}/{path}"))),
         }
-        Output::Link { path, target } => {
-            let path = directory.join(path);
-            create_parent(&path)
-                .and_then(|()| symlink(target, &path))
-                .with_context(|| format!("linking {path}"))
-        }
-    };
-    plan.outputs
-        .iter()
-        .filter_map(|output| write_one(output).err())
-        .collect()
+    }
+    Ok(errors)
 }
 
 /// A template with its placeholders filled in.
@@ -81,27 +104,74 @@ fn escape_specifiers(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// The file appears whole or not at all, and never in place of another one.
-fn create_file(path: &Utf8Path, text: &str) -> io::Result<()> {
-    create_parent(path)?;
-    let name = path.file_name().unwrap_or_default();
-    let unfinished = path.with_file_name(format!(".{name}.unfinished"));
-    let result = write_new(&unfinished, text).and_then(|()| fs::hard_link(&unfinished, path));
-    let removed = fs::remove_file(&unfinished);
-    result.and(removed)
+/// The file appears whole or not at all, and never in place of another one. If it is there already
+/// and says the same, an earlier run was killed after it.
+fn create_file(top: &OwnedFd, path: &str, text: &str) -> anyhow::Result<()> {
+    let (directory, name) = open_parent(top, path)?;
+    let unfinished = format!(".{name}.unfinished");
+    let remove = || match unlinkat(&directory, &*unfinished, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(io::Error::from(error)).context(format!("removing {unfinished}")),
+    };
+    // What a killed run has left, or what somebody has put there to lead us elsewhere.
+    remove()?;
+    let result = write_new(&directory, &unfinished, text).and_then(|()| {
+        let none = AtFlags::empty();
+        match linkat(&directory, &*unfinished, &directory, name, none) {
+            Err(Errno::EEXIST) if says(&directory, name, text) => Ok(()),
+            result => Ok(result?),
+        }
+    });
+    let removed = remove();
+    result?;
+    removed
 }
 
-fn write_new(path: &Utf8Path, text: &str) -> io::Result<()> {
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o644)
-        .open(path)?;
-    file.write_all(text.as_bytes())
+fn write_new(directory: &OwnedFd, name: &str, text: &str) -> io::Result<()> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    let file = openat(directory, name, flags, Mode::from_bits_truncate(0o644))?;
+    File::from(file).write_all(text.as_bytes())
 }
 
-fn create_parent(path: &Utf8Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), fs::create_dir_all)
+/// Whether a regular file of that name has this text.
+fn says(directory: &OwnedFd, name: &str, text: &str) -> bool {
+    let read = || -> io::Result<bool> {
+        // A FIFO that nobody writes to must not hold us up.
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = File::from(openat(directory, name, flags, Mode::empty())?);
+        let mut there = String::new();
+        let is_file = file.metadata()?.is_file();
+        file.take(text.len() as u64 + 1)
+            .read_to_string(&mut there)?;
+        Ok(is_file && there == text)
+    };
+    read().unwrap_or(false)
+}
+
+fn create_link(top: &OwnedFd, path: &str, target: &str) -> anyhow::Result<()> {
+    let (directory, name) = open_parent(top, path)?;
+    match symlinkat(target, &directory, name) {
+        Err(Errno::EEXIST) if readlinkat(&directory, name).is_ok_and(|t| t == *target) => Ok(()),
+        result => Ok(result.map_err(io::Error::from)?),
+    }
+}
+
+/// The directory that a path is in, which is made unless it is there, and its name in that.
+fn open_parent<'a>(top: &OwnedFd, path: &'a str) -> anyhow::Result<(OwnedFd, &'a str)> {
+    let (parent, name) = path.split_once('/').unwrap_or((".", path));
+    let open = || -> io::Result<OwnedFd> {
+        match mkdirat(top, parent, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => Ok(open_directory(top, parent)?),
+            Err(error) => Err(error.into()),
+        }
+    };
+    Ok((open().with_context(|| format!("opening {parent}"))?, name))
+}
+
+/// A directory to work in, and no link to one.
+fn open_directory(from: impl AsFd, path: &str) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    openat(from, path, flags, Mode::empty())
 }
 
 #[cfg(test)]

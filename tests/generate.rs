@@ -10,17 +10,17 @@
 //!
 //! `UPDATE_GOLDEN=1` writes `expected`, `kmsg` and `status` as they came out: then read the diff.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod golden;
+
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{symlink, PermissionsExt};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{ensure, Context};
 
-const GENERATOR: &str = env!("CARGO_BIN_EXE_wsl-binfmt-generator");
-/// Where it is installed, and so what the golden trees name.
-const INSTALLED: &str = "/usr/lib/systemd/system-generators/wsl-binfmt-generator";
+use golden::{cases, tree, GENERATOR};
 
 /// A directory of its own for one test, with `root` and the three output directories.
 struct Sandbox {
@@ -45,7 +45,7 @@ impl Sandbox {
     /// A WSL2 distro with this wsl.conf.
     fn distro(name: &str, wsl_conf: &[u8]) -> anyhow::Result<Sandbox> {
         let sandbox = Sandbox::new(name)?;
-        sandbox.fill("root", &cases()?.join("01-wsl2/root"))?;
+        sandbox.fill("root", &cases().join("01-wsl2/root"))?;
         fs::create_dir_all(sandbox.path("root/etc"))?;
         fs::write(sandbox.path("root/etc/wsl.conf"), wsl_conf)?;
         Ok(sandbox)
@@ -97,42 +97,6 @@ impl Sandbox {
             .replace(&*self.path("out").to_string_lossy(), "OUT");
         Ok(text)
     }
-}
-
-fn cases() -> anyhow::Result<PathBuf> {
-    Ok(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/generate"))
-}
-
-/// Every path below a directory with its kind, mode, and text.
-fn tree(directory: &Path) -> anyhow::Result<BTreeMap<String, String>> {
-    fn walk(
-        top: &Path,
-        directory: &Path,
-        found: &mut BTreeMap<String, String>,
-    ) -> anyhow::Result<()> {
-        for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
-            let name = path.strip_prefix(top)?.to_string_lossy().into_owned();
-            let metadata = fs::symlink_metadata(&path)?;
-            let mode = metadata.permissions().mode() & 0o7777;
-            let what = if metadata.is_symlink() {
-                format!("link to {}", fs::read_link(&path)?.display())
-            } else if metadata.is_dir() {
-                walk(top, &path, found)?;
-                format!("directory {mode:o}")
-            } else {
-                let text = String::from_utf8_lossy(&fs::read(&path)?).replace(GENERATOR, INSTALLED);
-                format!("file {mode:o}\n{text}")
-            };
-            found.insert(name, what);
-        }
-        Ok(())
-    }
-    let mut found = BTreeMap::new();
-    if directory.exists() {
-        walk(directory, directory, &mut found)?;
-    }
-    Ok(found)
 }
 
 /// Two trees are the same: paths, modes, texts, links.
@@ -228,7 +192,7 @@ fn update(case: &Path, sandbox: &Sandbox, kmsg: &str, status: &str) -> anyhow::R
 
 #[test]
 fn each_golden_tree_comes_out_as_it_is() -> anyhow::Result<()> {
-    let mut names: Vec<_> = fs::read_dir(cases()?)?
+    let mut names: Vec<_> = fs::read_dir(cases())?
         .map(|entry| Ok(entry?.path()))
         .collect::<anyhow::Result<_>>()?;
     names.sort();
@@ -251,7 +215,7 @@ fn a_single_directory_gets_everything() -> anyhow::Result<()> {
     assert!(output.success());
     assert_same(
         &sandbox.path("out/normal"),
-        &cases()?.join("01-wsl2/expected"),
+        &cases().join("01-wsl2/expected"),
     )
 }
 

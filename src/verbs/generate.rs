@@ -22,10 +22,10 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
         return Ok(());
     }
     let decision = decide(host);
-    if let Some(warning) = &decision.warning {
+    for warning in decision.warning.iter().chain(&decision.doubts) {
         log.warning(warning);
     }
-    let errors = units::write(&decision.plan, early, &host::executable()?);
+    let errors = units::write(&decision.plan, early, &host::executable()?)?;
     for error in &errors {
         log.error(&format!("{error:#}"));
     }
@@ -48,6 +48,8 @@ pub struct Decision {
     pub reading: Reading,
     /// What is wrong with it, of which its owner should hear.
     pub warning: Option<String>,
+    /// What could not be seen of what stands beside the output.
+    pub doubts: Vec<String>,
     /// What is to be emitted.
     pub plan: Plan,
 }
@@ -93,11 +95,13 @@ pub fn decide(host: &Host) -> Decision {
         Err(_) if reading == Reading::Missing => (WslConf::default(), None),
         Err(error) => (WslConf::default(), Some(format!("{error:#}, ignoring"))),
     };
-    let plan = plan::plan(&conf, &host.neighbors());
+    let mut doubts = Vec::new();
+    let plan = plan::plan(&conf, &host.neighbors(|doubt| doubts.push(doubt)));
     Decision {
         conf,
         reading,
         warning,
+        doubts,
         plan,
     }
 }

@@ -113,7 +113,7 @@ fn stale(host: &Host, wanted: &Wanted, plan: &Plan, generator: &Utf8Path) -> Opt
             let text = units::fill(template, &exe, plan.interop);
             host.text(&format!("{EARLY}/{path}")) != text
         }
-        Output::Link { path, target } => {
+        Output::Link { path, target, .. } => {
             let link = early.join(path).read_link_utf8();
             link.map_or(true, |link| link != *target)
         }
