@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context, Error};
+
 use crate::host::{Host, BINFMT_D};
 use crate::registry::is_name;
 
@@ -20,18 +22,42 @@ pub struct Rule {
 
 /// All rules in use. What cannot be read, has none.
 pub fn rules(host: &Host) -> Vec<Rule> {
-    let files = files(host);
-    files
-        .iter()
-        .flat_map(|path| parse(&host.text(path), path))
-        .collect()
+    read(host).0
 }
 
 /// All files in use. Of those with one name that in the first directory counts.
 pub fn files(host: &Host) -> Vec<String> {
+    list(host).0
+}
+
+/// All rules in use, and what could not be read of them.
+pub fn read(host: &Host) -> (Vec<Rule>, Vec<Error>) {
+    let (files, mut errors) = list(host);
+    let mut rules = Vec::new();
+    for path in files {
+        match host.read(&path) {
+            Ok(text) => rules.extend(parse(&String::from_utf8_lossy(&text), &path)),
+            // It is no file: a link to /dev/null masks others.
+            Err(error) if error.raw_os_error().is_none() => {}
+            Err(error) => {
+                errors.push(Error::from(error).context(format!("reading {}", host.path(&path))));
+            }
+        }
+    }
+    (rules, errors)
+}
+
+fn list(host: &Host) -> (Vec<String>, Vec<Error>) {
     let mut files = BTreeMap::new();
+    let mut errors = Vec::new();
     for directory in BINFMT_D {
-        for name in host.names(directory) {
+        let names = host.list(directory);
+        let names = names.with_context(|| format!("listing {}", host.path(directory)));
+        let names = names.unwrap_or_else(|error| {
+            errors.push(error);
+            Vec::new()
+        });
+        for name in names {
             if name.ends_with(".conf") {
                 files
                     .entry(name)
@@ -39,7 +65,7 @@ pub fn files(host: &Host) -> Vec<String> {
             }
         }
     }
-    files.into_values().collect()
+    (files.into_values().collect(), errors)
 }
 
 /// The rules in one file.

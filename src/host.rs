@@ -2,7 +2,7 @@
 //! below `$WSL_BINFMT_ROOT`. What is read here is handed on as plain values.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -126,8 +126,9 @@ impl Host {
         Ok(bytes)
     }
 
-    /// Writes a file, and the directory that it is in. Whatever the caller's umask, everybody may
-    /// read them, and only their owner may write.
+    /// Writes a file, and the directory that it is in. It has all of the text or what it had
+    /// before; if that is the same, it stays: it may be bound over another one. Whatever the
+    /// caller's umask, everybody may read them, and only their owner may write.
     ///
     /// # Errors
     /// Either cannot be written.
@@ -141,14 +142,20 @@ impl Host {
                 .and_then(|()| fs::set_permissions(directory, Permissions::from_mode(0o755)))
                 .with_context(|| format!("creating {directory}"))?;
         }
-        let write = || {
-            let mut options = OpenOptions::new();
-            let options = options.write(true).create(true).truncate(true).mode(0o644);
-            let mut file = options.open(&path)?;
-            file.set_permissions(Permissions::from_mode(0o644))?;
-            file.write_all(text.as_bytes())
-        };
-        write().with_context(|| format!("writing {path}"))
+        let modes = Permissions::from_mode(0o644);
+        if self
+            .read(absolute)
+            .is_ok_and(|there| there == text.as_bytes())
+        {
+            return fs::set_permissions(&path, modes)
+                .with_context(|| format!("making {path} readable"));
+        }
+        let unfinished = format!("{path}.unfinished");
+        fs::write(&unfinished, text)
+            .and_then(|()| fs::set_permissions(&unfinished, modes))
+            .and_then(|()| fs::rename(&unfinished, &path))
+            .inspect_err(|_| drop(fs::remove_file(&unfinished)))
+            .with_context(|| format!("writing {path}"))
     }
 
     /// Whether `absolute` is a regular file with an execute bit. One that cannot be looked at may
@@ -281,11 +288,26 @@ impl Host {
 
     /// The names in a directory, sorted; none if it cannot be read.
     pub fn names(&self, absolute: &str) -> Vec<String> {
-        let entries = self.path(absolute).read_dir_utf8();
-        let entries = entries.into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.map(|e| e.file_name().to_owned()).collect();
+        self.list(absolute).unwrap_or_default()
+    }
+
+    /// The names in a directory, sorted; none if there is no directory. One that is not UTF-8 is
+    /// passed over.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn list(&self, absolute: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        match fs::read_dir(self.path(absolute)) {
+            Err(error) if is_missing(&error) => {}
+            entries => {
+                for entry in entries? {
+                    names.extend(entry?.file_name().into_string());
+                }
+            }
+        }
         names.sort();
-        names
+        Ok(names)
     }
 
     /// How this program is called by somebody who types.

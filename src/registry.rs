@@ -264,13 +264,17 @@ impl Table {
     /// understands, is passed over.
     ///
     /// # Errors
-    /// The directory cannot be read.
+    /// The directory, or an entry, cannot be read.
     pub fn entries(&self) -> anyhow::Result<Vec<(String, Entry)>> {
-        let entry = |name: String| match self.read(&name) {
-            Ok(Some(entry)) => Some((name, entry)),
-            _ => None,
-        };
-        Ok(self.names()?.into_iter().filter_map(entry).collect())
+        let mut entries = Vec::new();
+        for name in self.names()? {
+            match self.read(&name) {
+                Ok(Some(entry)) => entries.push((name, entry)),
+                Err(error) if is_failed_call(&error) => return Err(error),
+                Ok(None) | Err(_) => {}
+            }
+        }
+        Ok(entries)
     }
 
     /// The entry of that name, if there is one.
@@ -289,9 +293,18 @@ impl Table {
         }
     }
 
-    /// Tells an entry from one that is registered under its name later.
-    pub fn inode(&self, name: &str) -> Option<u64> {
-        fs::metadata(self.file_of(name).ok()?).ok().map(|m| m.ino())
+    /// Tells an entry, if there is one, from one that is registered under its name later.
+    ///
+    /// # Errors
+    /// It cannot be looked at, or it is not the name of an entry.
+    pub fn inode(&self, name: &str) -> anyhow::Result<Option<u64>> {
+        let path = self.file_of(name)?;
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            metadata => metadata
+                .map(|m| Some(m.ino()))
+                .with_context(|| format!("looking at {path}")),
+        }
     }
 
     /// Registers a rule, `:name:type:offset:magic:mask:interpreter:flags`.
@@ -325,6 +338,14 @@ impl Table {
 /// out of the table nor to the files in it that are no entries.
 pub fn is_name(name: &str) -> bool {
     !["", ".", "..", "register", "status"].contains(&name) && !name.contains('/')
+}
+
+/// Whether the system failed us, which may be over at the next try; not what somebody has made of
+/// the table, or has not mounted.
+pub fn is_failed_call(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.raw_os_error().is_some())
 }
 
 fn write(path: &Utf8Path, text: &str) -> anyhow::Result<()> {

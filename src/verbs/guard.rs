@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 use camino::Utf8Path;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
+use nix::sys::statvfs::{statvfs, FsFlags};
 
 use crate::host::{Host, BINFMT_MISC, GUARD_FILE};
 use crate::registry::Table;
@@ -22,20 +23,21 @@ pub fn guard(host: &Host) -> anyhow::Result<()> {
     let _lock = Table::open(host)?.lock();
     let table = host.path(BINFMT_MISC);
     let status = table.join("status");
+    let file = host.path(GUARD_FILE);
     if is_bound_over(&status, &table)? {
-        return Ok(());
+        return match is_half_done(&status, &file) {
+            true => make_read_only(&status),
+            false => Ok(()),
+        };
     }
     let state = fs::read_to_string(&status).with_context(|| format!("reading {status}"))?;
-    let file = host.path(GUARD_FILE);
     host.write(GUARD_FILE, &state)?;
 
     bind(&file, &status).with_context(|| format!("binding {file} over {status}"))?;
-    make_read_only(&status)
-        .with_context(|| format!("making {status} read-only"))
-        .inspect_err(|_| {
-            // Nothing more can be done than to try; the first error is the one to report.
-            let _ = umount2(status.as_str(), MntFlags::MNT_DETACH);
-        })
+    make_read_only(&status).inspect_err(|_| {
+        // Nothing more can be done than to try; the first error is the one to report.
+        let _ = umount2(status.as_str(), MntFlags::MNT_DETACH);
+    })
 }
 
 /// A file that is bound over another one lies on a file system of its own. Asking the files and
@@ -49,6 +51,13 @@ fn is_bound_over(status: &Utf8Path, table: &Utf8Path) -> anyhow::Result<bool> {
     Ok(device(status)? != device(table)?)
 }
 
+/// Whether an earlier run was killed between its two steps.
+fn is_half_done(status: &Utf8Path, file: &Utf8Path) -> bool {
+    let identity = |path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    let read_only = statvfs(status.as_str()).map(|s| s.flags().contains(FsFlags::ST_RDONLY));
+    read_only == Ok(false) && identity(status) == identity(file)
+}
+
 fn bind(file: &Utf8Path, over: &Utf8Path) -> nix::Result<()> {
     let none: Option<&str> = None;
     mount(
@@ -60,8 +69,9 @@ fn bind(file: &Utf8Path, over: &Utf8Path) -> nix::Result<()> {
     )
 }
 
-fn make_read_only(mounted: &Utf8Path) -> nix::Result<()> {
+fn make_read_only(mounted: &Utf8Path) -> anyhow::Result<()> {
     let none: Option<&str> = None;
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(none, mounted.as_str(), none, flags, none)
+        .with_context(|| format!("making {mounted} read-only"))
 }

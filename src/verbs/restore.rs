@@ -10,6 +10,8 @@ use crate::registry::{Claim, Entry, Pattern, Table};
 pub const NAME: &str = "WSLInterop";
 /// Holds the place while `WSLInterop` is registered anew.
 const PLACEHOLDER: &str = "WSLInterop-next";
+/// Begins the name of what holds another entry's place meanwhile, before that entry's own.
+const PLACEHOLDER_OF: &str = "WSLInterop-next-";
 /// What WSL before 2.6.2 registers beside it.
 pub const LATE: &str = "WSLInterop-late";
 
@@ -70,7 +72,7 @@ pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
     };
     require_ours(&entry)?;
 
-    let others = Others::of(&table, host)?;
+    let mut others = Others::of(&table, host)?;
     let lost = entry.flags != wanted().flags;
     if lost || !others.shadows.is_empty() {
         require_init(host)?;
@@ -90,8 +92,18 @@ pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
             deeds.push(format!("removed {name}, which {NAME} makes superfluous"));
         }
     }
+    for (placeholder, entry) in others.unfinished.drain(..) {
+        let name = placeholder.strip_prefix(PLACEHOLDER_OF).unwrap_or_default();
+        if table.read(name)?.is_none() {
+            table.register(&entry.rule(name))?;
+        }
+        table.unregister(&placeholder)?;
+        deeds.push(format!(
+            "removed {placeholder}, which {name} makes superfluous"
+        ));
+    }
     for (name, entry) in Others::of(&table, host)?.shadowed {
-        replace(&table, &name, &format!("{name}-next"), &entry)
+        replace(&table, &name, &format!("{PLACEHOLDER_OF}{name}"), &entry)
             .with_context(|| format!("putting {name} ahead of {NAME}, which is less specific"))?;
         deeds.push(format!(
             "put {name} ahead of {NAME}, which is less specific"
@@ -149,6 +161,8 @@ pub struct Others {
     pub shadows: Vec<String>,
     /// Behind ours, and claiming more; the one that is to come first is the last.
     pub shadowed: Vec<(String, Entry)>,
+    /// Left by somebody who was stopped while putting such a one ahead.
+    unfinished: Vec<(String, Entry)>,
 }
 
 impl Others {
@@ -161,6 +175,7 @@ impl Others {
         let mut others = Others {
             shadows: Vec::new(),
             shadowed: Vec::new(),
+            unfinished: Vec::new(),
         };
         let mut ahead = true;
         for (name, entry) in entries {
@@ -174,6 +189,10 @@ impl Others {
             let can_register = !entry.flags.contains('F') || host.is_executable(&entry.interpreter);
             match entry.claim() {
                 _ if !entry.enabled || superfluous => {}
+                _ if name.starts_with(PLACEHOLDER_OF) => {
+                    let unfinished = can_register.then_some((name, entry));
+                    others.unfinished.extend(unfinished);
+                }
                 Claim::Equal if ahead => others.shadows.push(name),
                 Claim::Longer if !ahead && can_register => others.shadowed.insert(0, (name, entry)),
                 _ => {}

@@ -15,7 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::host::{self, Host, BINFMT_MISC, MOUNTS};
 use crate::log::Log;
-use crate::registry::Table;
+use crate::registry::{is_failed_call, Table};
 use crate::verbs::restore;
 
 /// Mends the entry, tells systemd that it stands, and goes on until SIGTERM or SIGINT.
@@ -31,18 +31,26 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
 
     let mut patience = Patience::new(Instant::now());
     let mut said = Said::default();
-    while watched
-        .wait(&signals, None)
-        .context("waiting for a change")?
+    let mut again = false;
+    while again
+        || watched
+            .wait(&signals, None)
+            .context("waiting for a change")?
     {
         watched.follow(host)?;
-        let outcome = match restore::mend(host) {
+        let outcome = restore::mend(host);
+        // The next change may be far, and the entry missing until then.
+        again = outcome.as_ref().is_err_and(is_failed_call);
+        let outcome = match outcome {
             Ok(deeds) if deeds.is_empty() => continue,
             outcome => outcome.map(|deeds| deeds.join("; ")),
         };
         let spent = patience.spend(Instant::now());
         said.outcome(log, outcome, spent);
-        let pause = Some(PAUSE).filter(|_| spent == Spent::All);
+        let pause = match spent {
+            Spent::All => Some(PAUSE),
+            _ => again.then_some(RETRY),
+        };
         if pause.is_some() && !watched.wait(&signals, pause).context("pausing")? {
             break;
         }
@@ -121,6 +129,7 @@ impl Watched {
                     .with_context(|| format!("watching {directory}"))?;
                 None
             }
+            Err(error) if is_failed_call(&error) => return Err(error),
             Err(_) => Some(mounts),
         };
         Ok(())
@@ -177,6 +186,8 @@ const BURST: f64 = 2000.0;
 /// How often it mends a second from then on.
 // Not a float, whose printing costs 13 kB in the binary.
 const REGAINED: u32 = 10;
+/// How long it waits after a call that failed.
+const RETRY: Duration = Duration::from_millis(100);
 /// How long it lets the other side have its way.
 const PAUSE: Duration = Duration::from_secs(1);
 

@@ -3,6 +3,7 @@
 //! What is seen is compared line by line.
 
 mod debian_package;
+mod faults;
 mod generations;
 mod order;
 mod packages;
@@ -12,6 +13,8 @@ mod release;
 mod security;
 mod soft_spots;
 mod status;
+#[path = "../strace/mod.rs"]
+mod strace;
 mod verbs;
 mod watch;
 
@@ -48,6 +51,7 @@ const TESTS: &[&[Test]] = &[
     races::RACES,
     security::SECURITY,
     status::STATUS,
+    faults::FAULTS,
     debian_package::DEBIAN_PACKAGE,
 ];
 

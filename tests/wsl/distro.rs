@@ -223,36 +223,45 @@ pub struct Distro {
 }
 
 impl Distro {
-    /// What a shell command in the distro prints, errors included.
-    pub fn run(&self, command: &str) -> String {
-        let mut shell = self.shell_within(TIMEOUT.as_secs(), command);
-        match shell.stdin(Stdio::null()).output() {
-            Ok(output) => {
-                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
-            }
-            Err(error) => error.to_string(),
-        }
-    }
-
-    /// A shell in the distro, yet to be started, that runs a command; errors go to its output.
-    pub fn shell(&self, command: &str) -> Command {
-        self.shell_within(0, command)
-    }
-
-    /// For so many seconds; with 0, until the VM ends.
-    fn shell_within(&self, seconds: u64, command: &str) -> Command {
-        let mut shell = Command::new("timeout");
-        shell
+    /// A command to be run in the distro, for so many seconds; with 0, until the VM ends.
+    fn command_within(&self, seconds: u64) -> Command {
+        let mut command = Command::new("timeout");
+        command
             .arg(seconds.to_string())
             // Not --all: it would enter the user namespace that it is already in.
             .args([
                 "nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w",
             ])
-            .args(["sh", "-c", &format!("exec 2>&1; {command}")])
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LANG", "C.UTF-8");
+        command
+    }
+
+    /// A command to be run in the distro.
+    pub fn command(&self) -> Command {
+        let mut command = self.command_within(TIMEOUT.as_secs());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// A shell in the distro, yet to be started, that runs a command; errors go to its output.
+    pub fn shell(&self, command: &str) -> Command {
+        let mut shell = self.command_within(0);
+        shell.args(["sh", "-c", &format!("exec 2>&1; {command}")]);
         shell
+    }
+
+    /// What a shell command in the distro prints, errors included.
+    pub fn run(&self, command: &str) -> String {
+        let mut shell = self.command();
+        shell.args(["sh", "-c", &format!("exec 2>&1; {command}")]);
+        match shell.output() {
+            Ok(output) => {
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+            }
+            Err(error) => error.to_string(),
+        }
     }
 
     /// Stops its systemd from doing anything.

@@ -123,7 +123,7 @@ fn state(host: &Host, check: &'static str, name: &str, unit: &Unit) -> Finding {
     };
     let mut missing = rules;
     let all = missing.len();
-    missing.retain(|(name, _)| table.inode(name).is_none());
+    missing.retain(|(name, _)| matches!(table.inode(name), Ok(None)));
     let names: Vec<_> = missing.iter().map(|(name, _)| name.as_str()).collect();
     let registered = match names.is_empty() {
         true => format!("rules registered: all {all}"),
