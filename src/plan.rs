@@ -1,8 +1,6 @@
 //! What to emit for a WSL2 distro: configuration in, list of files and links out; nothing is
 //! touched here. The texts are the templates in `units/`, named as they are emitted.
 
-use ini::{Ini, ParseOption};
-
 use crate::wsl_conf::WslConf;
 
 /// Something below the output directory.
@@ -114,34 +112,23 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
 /// Whether a drop-in is the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to save interop
 /// from systemd-binfmt, and nothing else: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
-    // rust-ini takes more than systemd does: ':' for '=', a setting on the line of its section, and
-    // by default quotes. CR and NUL end a line to systemd only, and it cuts no other blanks.
-    let mut lines = drop_in
-        .split('\n')
-        .map(|line| line.trim_matches([' ', '\t', '\r']));
-    let taken = lines.all(|line| match line.split_once('=') {
-        _ if line.contains(['\r', '\0']) => false,
-        _ if line.is_empty() || line.starts_with(['#', ';']) => true,
-        _ if !line.chars().all(|c| c == '\t' || matches!(c, ' '..='~')) => false,
-        Some((key, _)) => !key.contains([':', '[']),
-        None => line.starts_with('[') && line.ends_with(']'),
-    });
-    let as_it_is = ParseOption {
-        enabled_quote: false,
-        enabled_escape: false,
-        ..ParseOption::default()
+    let blanks = [' ', '\t'];
+    // All of these end a line to systemd.
+    let mut said = drop_in
+        .split(['\n', '\r', '\0'])
+        .map(|line| line.trim_matches(blanks))
+        .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']));
+    let setting = |line: &str| {
+        let (key, value) = line.split_once('=')?;
+        let (key, value) = (
+            key.trim_end_matches(blanks),
+            value.trim_start_matches(blanks),
+        );
+        (key == "ConditionVirtualization" && value == "!wsl").then_some(())
     };
-    let ini = Ini::load_from_str_opt(drop_in, as_it_is).ok();
-    let settings: Option<Vec<_>> = ini.filter(|_| taken).map(|ini| {
-        let settings = ini.iter().flat_map(|(section, settings)| {
-            let section = section.unwrap_or_default().to_owned();
-            settings
-                .iter()
-                .map(move |(key, value)| format!("[{section}] {key}={value}"))
-        });
-        settings.collect()
-    });
-    settings.is_some_and(|s| s == ["[Unit] ConditionVirtualization=!wsl"])
+    said.next() == Some("[Unit]")
+        && said.next().and_then(setting).is_some()
+        && said.next().is_none()
 }
 
 #[cfg(test)]
