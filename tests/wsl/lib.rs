@@ -11,6 +11,7 @@
 //! - `life.rs`: a distro's life under one of these, played and put into words
 //! - `packages.rs`: real packages to install in a distro, as files
 //! - `debian_package.rs`: this project's Debian package, to be installed in a distro
+//! - `chroot.rs`: a Debian tree to measure programs in
 //! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 //!
 //! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
@@ -19,6 +20,7 @@
 //! from there as each distro's first one.
 
 mod cgroup;
+mod chroot;
 mod debian;
 mod debian_package;
 mod distro;
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+pub use chroot::enter_tree;
 pub use debian::require;
 pub use debian_package::DebianPackage;
 pub use distro::{Builder, Distro};

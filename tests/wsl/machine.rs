@@ -110,6 +110,11 @@ impl Machine {
         Ok(Machine { directory })
     }
 
+    /// The program under test, as distros have it.
+    pub fn generator(&self) -> PathBuf {
+        self.directory.join("wsl-binfmt-generator")
+    }
+
     /// The machine's own binfmt_misc table, as text.
     pub fn table() -> anyhow::Result<String> {
         let list = "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc \
