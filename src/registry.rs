@@ -98,10 +98,7 @@ impl Entry {
                 mask,
             } => (*offset, magic, mask),
         };
-        let mask_at = |i: usize| {
-            mask.as_ref()
-                .map_or(0xff, |m| m.get(i).copied().unwrap_or(0))
-        };
+        let mask_at = |i: usize| bits_that_count(mask, i);
         let mz_at = |i: usize| b"MZ".get(offset.saturating_add(i));
         let takes_mz = magic
             .iter()
@@ -128,13 +125,9 @@ impl Entry {
                 mask,
             } => (*offset, magic, mask),
         };
-        let mask_at = |i: usize| {
-            mask.as_ref()
-                .map_or(0xff, |mask| mask.get(i).copied().unwrap_or(0))
-        };
         self.enabled
             && magic.iter().enumerate().all(|(i, byte)| {
-                let mask = mask_at(i);
+                let mask = bits_that_count(mask, i);
                 let there = head.get(offset.saturating_add(i));
                 mask == 0 || there.is_some_and(|there| (there ^ byte) & mask == 0)
             })
@@ -332,6 +325,12 @@ impl Table {
         }
         Ok(self.directory.join(name))
     }
+}
+
+/// Of a magic's byte; without a mask, all.
+fn bits_that_count(mask: &Option<Vec<u8>>, byte: usize) -> u8 {
+    mask.as_ref()
+        .map_or(0xff, |mask| mask.get(byte).copied().unwrap_or(0))
 }
 
 /// Whether an entry may be called so: the kernel takes no other names, and a path must lead neither
