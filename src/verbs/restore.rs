@@ -4,7 +4,7 @@ use anyhow::{bail, Context};
 
 use crate::host::{Host, INIT};
 use crate::log::Log;
-use crate::registry::{Claim, Entry, Pattern, Table};
+use crate::registry::{is_name, Claim, Entry, Pattern, Table};
 
 /// The entry's name, which other tools look for, too.
 pub const NAME: &str = "WSLInterop";
@@ -92,10 +92,10 @@ pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
             deeds.push(format!("removed {name}, which {NAME} makes superfluous"));
         }
     }
-    for (placeholder, entry) in others.unfinished.drain(..) {
-        let name = placeholder.strip_prefix(PLACEHOLDER_OF).unwrap_or_default();
-        if table.read(name)?.is_none() {
-            table.register(&entry.rule(name))?;
+    for (name, entry) in others.unfinished.drain(..) {
+        let placeholder = format!("{PLACEHOLDER_OF}{name}");
+        if table.read(&name)?.is_none() {
+            table.register(&entry.rule(&name))?;
         }
         table.unregister(&placeholder)?;
         deeds.push(format!(
@@ -161,7 +161,7 @@ pub struct Others {
     pub shadows: Vec<String>,
     /// Behind ours, and claiming more; the one that is to come first is the last.
     pub shadowed: Vec<(String, Entry)>,
-    /// Left by somebody who was stopped while putting such a one ahead.
+    /// Left by somebody who was stopped while putting such a one, of this name, ahead.
     unfinished: Vec<(String, Entry)>,
 }
 
@@ -189,12 +189,12 @@ impl Others {
             let can_register = !entry.flags.contains('F') || host.is_executable(&entry.interpreter);
             match entry.claim() {
                 _ if !entry.enabled || superfluous => {}
-                _ if name.starts_with(PLACEHOLDER_OF) => {
-                    let unfinished = can_register.then_some((name, entry));
-                    others.unfinished.extend(unfinished);
-                }
                 Claim::Equal if ahead => others.shadows.push(name),
-                Claim::Longer if !ahead && can_register => others.shadowed.insert(0, (name, entry)),
+                Claim::Longer if can_register => match name.strip_prefix(PLACEHOLDER_OF) {
+                    Some(of) if is_name(of) => others.unfinished.push((of.to_owned(), entry)),
+                    _ if !ahead => others.shadowed.insert(0, (name, entry)),
+                    _ => {}
+                },
                 _ => {}
             }
         }
@@ -218,5 +218,31 @@ mod tests {
         assert!(!ours(|e| e.enabled = false));
         assert!(!ours(|e| e.interpreter = "/usr/bin/wine".to_owned()));
         assert!(!ours(|e| e.pattern = Pattern::Extension("exe".to_owned())));
+    }
+
+    #[test]
+    fn only_what_holds_the_place_of_a_longer_magic_is_taken_for_unfinished() {
+        let entry = |magic: &[u8]| Entry {
+            interpreter: "/bin/ape".to_owned(),
+            flags: String::new(),
+            pattern: Pattern::Magic {
+                offset: 0,
+                magic: magic.to_owned(),
+                mask: None,
+            },
+            ..wanted()
+        };
+        let entries = [
+            ("WSLInterop-next-", entry(b"MZqFpD")),
+            ("WSLInterop-next-status", entry(b"MZqFpD")),
+            ("WSLInterop-next-a", entry(b"MZqFpD")),
+            ("WSLInterop-next-b", entry(b"MZ")),
+            (NAME, wanted()),
+        ];
+        let entries = entries.map(|(name, entry)| (name.to_owned(), entry));
+        let others = Others::among(entries.into(), &Host::from_environment());
+        assert_eq!(others.unfinished, [("a".to_owned(), entry(b"MZqFpD"))]);
+        assert_eq!(others.shadows, ["WSLInterop-next-b"]);
+        assert!(others.shadowed.is_empty());
     }
 }
