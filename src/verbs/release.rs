@@ -26,7 +26,7 @@ pub fn release(host: &Host) -> anyhow::Result<()> {
     let table = Table::open(host)?;
     let names = table.names()?;
     let release = |inode: &str, name| match table.inode(name)? {
-        Some(there) if there.to_string() == inode => table.unregister(name),
+        Some(there) if inode.parse() == Ok(there) => table.unregister(name),
         _ => Ok(()),
     };
     let mut result = Ok(());
