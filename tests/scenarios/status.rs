@@ -49,12 +49,13 @@ fn named<'vm>(vm: &'vm Vm, name: &str, suite: &str) -> Builder<'vm> {
 /// What a run of `status` in a distro says, and its exit status. On a machine that has much else to
 /// do something may answer too late; then it is run again, as one would.
 pub fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
-    let in_time = |said: &str| {
-        !["in time", "does not answer"]
-            .iter()
-            .any(|s| said.contains(s))
-    };
     look_until(distro, environment, arguments, in_time)
+}
+
+fn in_time(said: &str) -> bool {
+    !["in time", "does not answer"]
+        .iter()
+        .any(|s| said.contains(s))
 }
 
 fn look_until(
@@ -64,12 +65,16 @@ fn look_until(
     enough: impl Fn(&str) -> bool,
 ) -> String {
     let command = format!("{environment} wsl-binfmt status {arguments}; echo \"exit status $?\"");
-    let mut said = distro.run(&command);
+    run_until(distro, &command, enough)
+}
+
+fn run_until(distro: &Distro, command: &str, enough: impl Fn(&str) -> bool) -> String {
+    let mut said = distro.run(command);
     for _ in 0..50 {
         if enough(&said) {
             break;
         }
-        said = distro.run(&command);
+        said = distro.run(command);
     }
     said
 }
@@ -830,7 +835,8 @@ pub const STATUS: &[Test] = &[
         let distro = distro(vm, "trixie").boot()?;
         let shown = |before: &str| {
             let command = format!("{SOCKET} {before} wsl-binfmt status");
-            distro.run(&format!("TERM=xterm script -qec '{command}' /dev/null"))
+            let on_a_terminal = format!("TERM=xterm script -qec '{command}' /dev/null");
+            run_until(&distro, &on_a_terminal, in_time)
         };
         let coloured = shown("");
         ensure!(
