@@ -65,16 +65,16 @@ fn look_until(
     enough: impl Fn(&str) -> bool,
 ) -> String {
     let command = format!("{environment} wsl-binfmt status {arguments}; echo \"exit status $?\"");
-    run_until(distro, &command, enough)
+    until(enough, || distro.run(&command))
 }
 
-fn run_until(distro: &Distro, command: &str, enough: impl Fn(&str) -> bool) -> String {
-    let mut said = distro.run(command);
+fn until(enough: impl Fn(&str) -> bool, ask: impl Fn() -> String) -> String {
+    let mut said = ask();
     for _ in 0..50 {
         if enough(&said) {
             break;
         }
-        said = distro.run(command);
+        said = ask();
     }
     said
 }
@@ -277,11 +277,16 @@ pub const STATUS: &[Test] = &[
              mount --bind /vm/osrelease /proc/sys/kernel/osrelease; \
              {program} status || echo \"exit status $?\""
         );
-        let output = Command::new("unshare")
-            .args(["--mount", "--pid", "--fork", "sh", "-euc", &boot])
-            .env("container_host_version_id", "2.6.3")
-            .output()?;
-        let text = String::from_utf8(output.stdout)?;
+        let text = until(in_time, || {
+            let output = Command::new("unshare")
+                .args(["--mount", "--pid", "--fork", "sh", "-euc", &boot])
+                .env("container_host_version_id", "2.6.3")
+                .output();
+            output.map_or_else(
+                |error| error.to_string(),
+                |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+            )
+        });
         compare("no-systemd", &text.replace(&program, "wsl-binfmt"))
     }),
     // The table.
@@ -836,7 +841,7 @@ pub const STATUS: &[Test] = &[
         let shown = |before: &str| {
             let command = format!("{SOCKET} {before} wsl-binfmt status");
             let on_a_terminal = format!("TERM=xterm script -qec '{command}' /dev/null");
-            run_until(&distro, &on_a_terminal, in_time)
+            until(in_time, || distro.run(&on_a_terminal))
         };
         let coloured = shown("");
         ensure!(
