@@ -122,7 +122,12 @@ fn finish() -> anyhow::Result<()> {
     let ours = Command::new(Path::new("/mnt").join(OURS));
     run(&mut arguments(ours, Setting::Wsl))?;
     fs::write("/mnt/emit.sh", script()?)?;
-    run(Command::new("chmod").args(["755", "/mnt/emit.sh"]))
+    run(Command::new("chmod").args(["755", "/mnt/emit.sh"]))?;
+    run(Command::new("cp").args(["-a", OUTPUT, "/mnt/wanted"]))?;
+    empty_output()?;
+    let shell = Command::new("/mnt/emit.sh");
+    run(&mut arguments(shell, Setting::Wsl))?;
+    run(Command::new("diff").args(["-r", "--no-dereference", "/mnt/wanted", OUTPUT]))
 }
 
 /// What ours has just written, as a shell script that writes the same.

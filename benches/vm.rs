@@ -1,18 +1,16 @@
 //! What this project costs a running distro, and what it spares it, in the simulated WSL VM with
-//! Debian 13: its verbs, the watcher, launches during 40 restarts of systemd-binfmt under every
+//! Debian 13 and the package that is made for it: its verbs, the watcher, launches during 40 restarts of systemd-binfmt under every
 //! generation of WSL, and the boot. `cargo bench --bench vm`.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use wsl_vm::{Distro, Generation, Machine, Vm};
+use wsl_vm::{Builder, DebianPackage, Distro, Generation, Machine, Vm};
 
 const SUITE: &str = "trixie";
-const PROGRAM: &str = env!("CARGO_BIN_EXE_wsl-binfmt-generator");
 /// The verbs as units call them, mostly with nothing to do; true(1) to compare with.
 const VERBS: [&str; 5] = [
     "/bin/true",
@@ -42,9 +40,16 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
     }
 }
 
+fn distro<'vm>(vm: &'vm Vm, name: &str, ours: bool) -> anyhow::Result<Builder<'vm>> {
+    match ours {
+        true => vm.packaged(name),
+        false => Ok(vm.distro(name, SUITE)),
+    }
+}
+
 /// Times each by bash's own clock, in turn.
 fn verbs(vm: &Vm) -> anyhow::Result<()> {
-    let mine = vm.distro("mine", SUITE).generator(true).boot()?;
+    let mine = distro(vm, "mine", true)?.boot()?;
     let script = format!(
         "bash -c 'for i in $(seq {RUNS}); do for verb in {}; do \
          start=$EPOCHREALTIME; $verb >/dev/null 2>&1; end=$EPOCHREALTIME; \
@@ -75,25 +80,17 @@ fn verbs(vm: &Vm) -> anyhow::Result<()> {
 }
 
 fn watcher(vm: &Vm) -> anyhow::Result<()> {
-    // As distributions link it.
-    let mut dynamic = Command::new(PROGRAM)
-        .args(["restore", "--watch"])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    thread::sleep(Duration::from_millis(200));
-    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", dynamic.id()));
-    let dynamic_memory = pss(&rollup?);
-    dynamic.kill()?;
-    dynamic.wait()?;
+    let linked_static = vm.distro("static", SUITE).generator(true).boot()?;
+    let static_memory = pss(&of_watcher(&linked_static, "smaps_rollup"));
+    linked_static.poweroff()?;
 
-    let mine = vm.distro("mine", SUITE).generator(true).boot()?;
+    let mine = distro(vm, "mine", true)?.boot()?;
     // systemd may still write a status file now and then.
     thread::sleep(Duration::from_secs(5));
     let before = switches(&mine)?;
     thread::sleep(Duration::from_secs(60));
     let woken = switches(&mine)? - before;
-    let static_memory = pss(&of_watcher(&mine, "smaps_rollup"));
+    let memory = pss(&of_watcher(&mine, "smaps_rollup"));
 
     let mut times = Vec::new();
     for _ in 0..WIPES {
@@ -108,7 +105,7 @@ fn watcher(vm: &Vm) -> anyhow::Result<()> {
     println!("Watcher:");
     println!(
         "    memory (Pss) {} kB, linked static {} kB; wanted 1024",
-        dynamic_memory?, static_memory?
+        memory?, static_memory?
     );
     println!("    woken {woken} times in a minute without changes; wanted 0");
     println!(
@@ -147,10 +144,8 @@ fn switches(mine: &Distro) -> anyhow::Result<u64> {
 
 /// A line of the table for `print_restarts`.
 fn restarts(vm: &Vm, generation: &str, ours: bool) -> anyhow::Result<()> {
-    let mine = vm
-        .distro("mine", SUITE)
+    let mine = distro(vm, "mine", ours)?
         .generation(Generation::named(generation)?)
-        .generator(ours)
         .file(
             "/etc/binfmt.d/test.conf",
             ":testfmt:M::\\x01\\x02::/bin/cat:F\n",
@@ -174,10 +169,7 @@ fn boots(vm: &Vm) -> anyhow::Result<()> {
     let mut generators = [Vec::new(), Vec::new()];
     for round in 0..BOOTS {
         for (ours, name) in [(0, "stock"), (1, "ours")] {
-            let mine = vm
-                .distro(&format!("{name}{round}"), SUITE)
-                .generator(ours == 1)
-                .boot()?;
+            let mine = distro(vm, &format!("{name}{round}"), ours == 1)?.boot()?;
             let said = mine.run("systemd-analyze time");
             let (_, time) = said
                 .split_once("finished in ")
@@ -229,6 +221,7 @@ fn at(times: &[Duration], percent: usize) -> Duration {
 
 fn show() -> anyhow::Result<bool> {
     let machine = Machine::prepare(&[SUITE])?;
+    DebianPackage::built()?;
     for what in ["verbs", "watcher", "boots"] {
         println!("{}", machine.in_vm(&[what])?);
     }

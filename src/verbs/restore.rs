@@ -72,7 +72,7 @@ pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
     };
     require_ours(&entry)?;
 
-    let mut others = Others::of(&table, host)?;
+    let others = Others::of(&table, host)?;
     let lost = entry.flags != wanted().flags;
     if lost || !others.shadows.is_empty() {
         require_init(host)?;
@@ -92,7 +92,7 @@ pub fn mend(host: &Host) -> anyhow::Result<Vec<String>> {
             deeds.push(format!("removed {name}, which {NAME} makes superfluous"));
         }
     }
-    for (name, entry) in others.unfinished.drain(..) {
+    for (name, entry) in others.unfinished {
         let placeholder = format!("{PLACEHOLDER_OF}{name}");
         if table.read(&name)?.is_none() {
             table.register(&entry.rule(&name))?;

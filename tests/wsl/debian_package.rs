@@ -11,6 +11,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{ensure, Context};
 
 use super::debian::{require, tree};
+use super::distro::Builder;
 use super::machine::{succeed, target_directory};
 use super::project;
 use super::vm::Vm;
@@ -149,6 +150,17 @@ impl Vm {
                 .args(["package", "upgrade"].map(|name| packages.join(name)))
                 .arg(inside),
         )
+    }
+
+    /// A distro that is yet to be booted, with the files of the package.
+    pub fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>> {
+        let inside = Path::new("/vm").join(distro).join("upper");
+        fs::create_dir_all(&inside)?;
+        for package in fs::read_dir(self.paths.directory.join("debian/packages/package"))? {
+            let package = package?.path();
+            succeed(Command::new("dpkg-deb").arg("-x").args([&package, &inside]))?;
+        }
+        Ok(self.distro(distro, "trixie"))
     }
 }
 
