@@ -1,6 +1,7 @@
 //! Leads a distro's life under every generation of WSL and on every systemd, stock and with this
-//! project, and prints what became of Windows programs: the table in README.md. Exit status 1 if
-//! it was not as promised.
+//! project, and prints what became of Windows programs: the table in README.md. Then it does the
+//! same beside a neighbour that is stock and beside one with this project, and prints what
+//! difference that makes. Exit status 1 if it was not as promised.
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -10,9 +11,11 @@ use std::thread;
 use anyhow::{bail, Context};
 
 use wsl_vm::life::{Event, Life, PROMISED};
+use wsl_vm::neighbours::{self, Act, Beside, Whose};
 use wsl_vm::{Generation, Machine, Vm};
 
 const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
+const NEIGHBOURS: &[&str] = &["bookworm", "trixie"];
 
 /// A column for one event or more, of which the worst counts.
 const COLUMNS: &[(&str, &[&str])] = &[
@@ -28,11 +31,21 @@ const COLUMNS: &[(&str, &[&str])] = &[
     ("poweroff", &["poweroff", "poweroff, failing rule"]),
 ];
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Case {
     generation: Generation,
     ours: bool,
+    /// Whether the neighbour that rules are shared with is ours, if there is one.
+    beside: Option<bool>,
     suite: &'static str,
+}
+
+impl Case {
+    fn arguments(&self) -> Vec<&'static str> {
+        let mut arguments = vec![self.suite, self.generation.name(), whose(self.ours)];
+        arguments.extend(self.beside.map(whose));
+        arguments
+    }
 }
 
 fn whose(ours: bool) -> &'static str {
@@ -45,16 +58,28 @@ fn whose(ours: bool) -> &'static str {
 
 /// Inside the VM.
 fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
-    let [suite, generation, whose] = arguments else {
+    let (case, beside) = match arguments {
+        [case @ .., beside] if case.len() == 3 => (case, Some(beside == "ours")),
+        case => (case, None),
+    };
+    let [suite, generation, whose] = case else {
         bail!("play what? {arguments:?}");
     };
-    let life = Life::lead(vm, suite, Generation::named(generation)?, whose == "ours")?;
-    print!("{}", life.record());
+    let (generation, ours) = (Generation::named(generation)?, whose == "ours");
+    let record = match beside {
+        Some(beside) => Beside::lead(vm, suite, generation, ours, beside)?.record(),
+        None => Life::lead(vm, suite, generation, ours)?.record(),
+    };
+    print!("{record}");
     Ok(())
 }
 
 /// Plays all cases, as many at a time as there are processors.
-fn play_all(machine: &Machine, cases: Vec<Case>) -> anyhow::Result<Vec<(Case, Life)>> {
+fn play_all<L: Send>(
+    machine: &Machine,
+    cases: Vec<Case>,
+    parse: fn(&str) -> anyhow::Result<L>,
+) -> anyhow::Result<Vec<(Case, L)>> {
     let workers = thread::available_parallelism()?.get();
     let left = Mutex::new(cases.into_iter());
     let played = Mutex::new(Vec::new());
@@ -62,11 +87,10 @@ fn play_all(machine: &Machine, cases: Vec<Case>) -> anyhow::Result<Vec<(Case, Li
         let Some(case) = left.lock().expect("no worker panics").next() else {
             return anyhow::Ok(());
         };
-        let (name, whose) = (case.generation.name(), whose(case.ours));
         let life = machine
-            .in_vm(&[case.suite, name, whose])
-            .and_then(|record| Life::parse(&record))
-            .with_context(|| format!("{name}, {whose}, {}", case.suite))?;
+            .in_vm(&case.arguments())
+            .and_then(|record| parse(&record))
+            .with_context(|| case.arguments().join(", "))?;
         let mut played = played.lock().expect("no worker panics");
         played.push((case, life));
         eprint!(".");
@@ -198,22 +222,157 @@ fn held(played: &[(Case, Life)]) -> bool {
     held
 }
 
-/// Prints the table; whether all was as promised.
-fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(SUITES)?;
+/// A cell of the second table: how a distro fared in these lives, one a suite.
+type Cell = fn(&[&Beside]) -> String;
+
+const CELLS: &[(&str, Cell)] = &[
+    ("failed starts", |lives| {
+        let starts: u32 = events(lives, |_| true).map(|event| event.starts).sum();
+        let failed: u32 = events(lives, |_| true).map(|event| event.failed).sum();
+        format!("{failed} of {starts}")
+    }),
+    ("system", |lives| {
+        let on = events(lives, |event| event.system != "off");
+        neighbours::Event::worst(on.map(|event| event.system.as_str())).to_owned()
+    }),
+    ("launches lost at own events", |lives| {
+        launches_lost(lives, Whose::Own)
+    }),
+    ("at a neighbour's", |lives| {
+        launches_lost(lives, Whose::Neighbours)
+    }),
+    ("F rule runs, after own start", |lives| {
+        runs(lives, |e| e.whose == Whose::Own && e.is_start())
+    }),
+    ("after a neighbour's start", |lives| {
+        runs(lives, |e| e.whose == Whose::Neighbours && e.is_start())
+    }),
+    ("after its end", |lives| {
+        runs(lives, |e| e.whose == Whose::Neighbours && !e.is_start())
+    }),
+    ("rules lost at a neighbour's starts", |lives| {
+        let lost = lives.iter().map(|life| life.lost_rules(|e| e.is_start()));
+        lost.sum::<usize>().to_string()
+    }),
+    ("at its poweroff, kill", |lives| {
+        let lost = |act| {
+            let of = |life: &&Beside| match act {
+                Act::Kill => life.lost_rules(|event| event.act == Act::Kill),
+                _ => life.lost_rules(|event| event.act == Act::Poweroff),
+            };
+            lives.iter().map(of).sum::<usize>()
+        };
+        format!("{}, {}", lost(Act::Poweroff), lost(Act::Kill))
+    }),
+    ("left at the end", |lives| {
+        let ends = lives.iter().filter_map(|life| life.events.last());
+        let left: BTreeSet<_> = ends.flat_map(|event| event.left()).collect();
+        match left.into_iter().collect::<Vec<_>>().join(", ") {
+            none if none.is_empty() => "nothing".to_owned(),
+            left => left,
+        }
+    }),
+];
+
+fn events<'a>(
+    lives: &'a [&Beside],
+    which: fn(&neighbours::Event) -> bool,
+) -> impl Iterator<Item = &'a neighbours::Event> {
+    let all = lives.iter().flat_map(|life| &life.events);
+    all.filter(move |event| which(event))
+}
+
+fn launches_lost(lives: &[&Beside], whose: Whose) -> String {
+    let some = lives.iter().any(|life| life.lost_launches(whose));
+    if some { "some" } else { "none" }.to_owned()
+}
+
+/// Whose file it is at the worst of these events.
+fn runs(lives: &[&Beside], which: fn(&neighbours::Event) -> bool) -> String {
+    let seen = events(lives, which).map(|event| event.runs.as_str());
+    neighbours::Event::worst(seen).to_owned()
+}
+
+fn print_neighbours(played: &[(Case, Beside)]) {
+    let header: Vec<_> = CELLS.iter().map(|(name, _)| *name).collect();
+    println!("\n| WSL | | {} |", header.join(" | "));
+    println!("|{}", "---|".repeat(header.len() + 2));
+    for generation in Generation::ALL {
+        for ours in [false, true] {
+            let lives = |beside| -> Vec<_> {
+                let of_this = |(case, _): &&(Case, Beside)| {
+                    (case.generation, case.ours, case.beside) == (generation, ours, Some(beside))
+                };
+                let these = played.iter().filter(of_this);
+                these.map(|(_, life)| life).collect()
+            };
+            let (stock, beside_ours) = (lives(false), lives(true));
+            let cell = |(_, cell): &(&str, Cell)| match (cell(&stock), cell(&beside_ours)) {
+                (stock, beside_ours) if stock == beside_ours => stock,
+                (stock, beside_ours) => format!("{stock} → {beside_ours}"),
+            };
+            let cells: Vec<_> = CELLS.iter().map(cell).collect();
+            let (wsl, whose) = (generation.versions(), whose(ours));
+            println!("| {wsl} | {whose} | {} |", cells.join(" | "));
+        }
+    }
+    println!(
+        "\nA distro that is stock or ours, beside a neighbour that is stock → ours, where that \
+         makes a difference. Both have a rule with F and one without of the same names, and one \
+         of its own name. Numbers are those of {} together, the rest is the worst of them.",
+        NEIGHBOURS.join(" and ")
+    );
+}
+
+/// Whether no distro fared worse beside ours than beside stock; says which did.
+fn good_neighbours(played: &[(Case, Beside)]) -> bool {
+    let mut good = true;
+    for (case, life) in played.iter().filter(|(case, _)| case.beside == Some(true)) {
+        let control = Case {
+            beside: Some(false),
+            ..*case
+        };
+        let control = played.iter().find(|(other, _)| *other == control);
+        let worse = control.map_or(vec!["no control".to_owned()], |(_, control)| {
+            life.worse_than(control)
+        });
+        if !worse.is_empty() {
+            good = false;
+            let name = case.arguments().join(", ");
+            eprintln!("{name}, worse than beside stock:\n{}\n", worse.join("\n"));
+        }
+    }
+    good
+}
+
+/// Every generation, stock and ours, on these suites.
+fn cases(suites: &[&'static str], besides: &[Option<bool>]) -> Vec<Case> {
     let mut cases = Vec::new();
     for generation in Generation::ALL {
         for ours in [false, true] {
-            cases.extend(SUITES.iter().map(|suite| Case {
-                generation,
-                ours,
-                suite,
-            }));
+            for &beside in besides {
+                cases.extend(suites.iter().map(|suite| Case {
+                    generation,
+                    ours,
+                    beside,
+                    suite,
+                }));
+            }
         }
     }
-    let played = play_all(&machine, cases)?;
+    cases
+}
+
+/// Prints the tables; whether all was as promised.
+fn show() -> anyhow::Result<bool> {
+    let machine = Machine::prepare(SUITES)?;
+    let played = play_all(&machine, cases(SUITES, &[None]), Life::parse)?;
     print_table(&played)?;
-    Ok(held(&played))
+    let beside = cases(NEIGHBOURS, &[Some(false), Some(true)]);
+    let neighbours = play_all(&machine, beside, Beside::parse)?;
+    print_neighbours(&neighbours);
+    let good = good_neighbours(&neighbours);
+    Ok(held(&played) && good)
 }
 
 fn main() -> ExitCode {

@@ -16,6 +16,8 @@ pub struct Rule {
     pub interpreter: String,
     /// `P`, `O`, `C` and `F`, in whatever order.
     pub flags: String,
+    /// The whole of it, as it is registered.
+    pub text: String,
     /// The file that it is in.
     pub path: String,
 }
@@ -71,7 +73,8 @@ fn list(host: &Host) -> (Vec<String>, Vec<Error>) {
 /// The rules in one file.
 pub fn parse(text: &str, path: &str) -> Vec<Rule> {
     let rule = |line: &str| {
-        let mut characters = line.trim_matches([' ', '\t']).chars();
+        let text = line.trim_matches([' ', '\t']);
+        let mut characters = text.chars();
         // To the kernel it is a byte: with part of another character the name would be no text.
         let between = characters
             .next()
@@ -83,6 +86,7 @@ pub fn parse(text: &str, path: &str) -> Vec<Rule> {
             name,
             interpreter: field(5),
             flags: field(6),
+            text: text.to_owned(),
             path: path.to_owned(),
         })
     };
@@ -121,6 +125,7 @@ mod tests {
             name: "WSLInterop".to_owned(),
             interpreter: "/in:it".to_owned(),
             flags: "PF".to_owned(),
+            text: ",WSLInterop,M,,MZ,,/in:it,PF".to_owned(),
             path: "/etc/binfmt.d/a.conf".to_owned(),
         };
         assert_eq!(rules, [rule]);

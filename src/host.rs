@@ -5,7 +5,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::Context;
@@ -21,8 +21,14 @@ pub const BINFMT_MISC: &str = "/proc/sys/fs/binfmt_misc";
 /// The guard's file. It must not be below a directory that systemd empties: once unlinked, it
 /// could no longer be bound over in the units' own mount namespaces.
 pub const GUARD_FILE: &str = "/run/wsl-binfmt/status";
-/// What `release` has to unregister.
-pub const REGISTERED: &str = "/run/wsl-binfmt/registered";
+/// What is noted while the distro runs.
+pub const STATE: &str = "/run/wsl-binfmt";
+/// The names of all entries from before this distro registered its own.
+pub const BEFORE: &str = "/run/wsl-binfmt/before";
+/// The inode of the interop entry when all was in order last.
+pub const INTEROP: &str = "/run/wsl-binfmt/interop";
+/// What wsl.conf said when the distro started.
+pub const BOOT_CONF: &str = "/run/wsl-binfmt/wsl.conf";
 /// binfmt.d(5), the first counting most. The last one is /usr/lib where /usr is merged.
 pub const BINFMT_D: [&str; 5] = [
     "/etc/binfmt.d",
@@ -156,6 +162,45 @@ impl Host {
             .and_then(|()| fs::rename(&unfinished, &path))
             .inspect_err(|_| drop(fs::remove_file(&unfinished)))
             .with_context(|| format!("writing {path}"))
+    }
+
+    /// Removes a file, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(&self, absolute: &str) -> anyhow::Result<()> {
+        let path = self.path(absolute);
+        match fs::remove_file(&path) {
+            Err(error) if is_missing(&error) => Ok(()),
+            removed => removed.with_context(|| format!("removing {path}")),
+        }
+    }
+
+    /// When a file was last written to, or a directory's names have changed; none if there is none.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn modified(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
+        let path = self.path(absolute);
+        match fs::metadata(&path) {
+            Err(error) if is_missing(&error) => Ok(None),
+            metadata => metadata
+                .map(|m| Some((m.mtime(), m.mtime_nsec())))
+                .with_context(|| format!("looking at {path}")),
+        }
+    }
+
+    /// What is in a file of our own; nothing if there is none.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn own_text(&self, absolute: &str) -> anyhow::Result<String> {
+        match self.read(absolute) {
+            Err(error) if is_missing(&error) => Ok(String::new()),
+            read => read
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .with_context(|| format!("reading {}", self.path(absolute))),
+        }
     }
 
     /// Whether `absolute` is a regular file with an execute bit. One that cannot be looked at may

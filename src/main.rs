@@ -22,10 +22,13 @@
 
 mod binfmt_d;
 mod host;
+mod interop;
 mod log;
 mod mounts;
+mod own;
 mod plan;
 mod registry;
+mod repair;
 mod systemd;
 mod units;
 mod verbs;
@@ -39,11 +42,12 @@ use camino::Utf8PathBuf;
 
 use crate::host::Host;
 use crate::log::Log;
+use crate::own::Unit;
 
 const HELP: &str = "\
 Usage: wsl-binfmt-generator NORMAL EARLY LATE
        wsl-binfmt status [--json]
-       wsl-binfmt restore [--watch] | guard | release [--remember]
+       wsl-binfmt restore [--watch] | guard | release
        wsl-binfmt --help | --version
 
 Keeps Windows programs starting from Linux on WSL2. systemd calls it with three
@@ -57,8 +61,7 @@ directories; the units that it writes into EARLY call its verbs.
     --watch          stay, and keep it standing
   guard              bind a read-only file over the status file of binfmt_misc,
                      unless something already is
-  release            unregister what this distro has registered from binfmt.d
-    --remember       write down for that what is registered now
+  release            unregister what this distro has registered
   -h, --help         show this help
   -V, --version      show the version
 
@@ -73,13 +76,16 @@ Exit status: 0 done or nothing to do, 1 failed (status: something is wrong),
 See also: man 8 wsl-binfmt-generator
 ";
 
-/// What one invocation asks for.
+/// What one invocation asks for. The verbs that only units call are not in the help.
 #[derive(Debug, PartialEq)]
 enum Action {
     Generate { early: Utf8PathBuf },
     Restore { watch: bool },
     Guard,
-    Release { remember: bool },
+    Release,
+    Started(Unit),
+    Stopped(Unit),
+    Stopping,
     Status { json: bool },
     Help,
     Version,
@@ -98,14 +104,23 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
         ["restore"] => Ok(Action::Restore { watch: false }),
         ["restore", "--watch"] => Ok(Action::Restore { watch: true }),
         ["guard"] => Ok(Action::Guard),
-        ["release"] => Ok(Action::Release { remember: false }),
-        ["release", "--remember"] => Ok(Action::Release { remember: true }),
+        ["release"] => Ok(Action::Release),
+        ["stopping"] => Ok(Action::Stopping),
+        [verb @ ("started" | "stopped"), name] => {
+            let unit = Unit::ALL.into_iter().find(|unit| unit.name() == *name);
+            let unit = unit.ok_or_else(|| format!("unknown unit '{name}'"))?;
+            Ok(match *verb {
+                "started" => Action::Started(unit),
+                _ => Action::Stopped(unit),
+            })
+        }
         ["status"] => Ok(Action::Status { json: false }),
         ["status", "--json"] => Ok(Action::Status { json: true }),
         ["-h" | "--help"] => Ok(Action::Help),
         ["-V" | "--version"] => Ok(Action::Version),
         ["restore", "--watch", extra, ..]
-        | ["release", "--remember", extra, ..]
+        | ["stopping", extra, ..]
+        | ["started" | "stopped", _, extra, ..]
         | ["status", "--json", extra, ..]
         | ["restore" | "guard" | "release" | "status" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
             Err(format!("unexpected argument '{extra}'"))
@@ -182,15 +197,19 @@ fn main() -> ExitCode {
             };
             (log, result)
         }
-        Ok(Action::Guard) => (Log::of_verb(), verbs::guard::guard(&host)),
-        Ok(Action::Release { remember }) => {
-            let result = if remember {
-                verbs::release::remember(&host, host::service_result().as_deref())
-            } else {
-                verbs::release::release(&host)
-            };
+        Ok(Action::Guard) => {
+            let log = Log::of_verb();
+            let result = verbs::guard::guard(&host, &log);
+            (log, result)
+        }
+        Ok(Action::Release) => (Log::of_verb(), verbs::unit::release(&host)),
+        Ok(Action::Started(unit)) => (Log::of_verb(), verbs::unit::started(&host, unit, true)),
+        Ok(Action::Stopped(unit)) => {
+            let result = host::service_result();
+            let result = verbs::unit::stopped(&host, unit, result.as_deref());
             (Log::of_verb(), result)
         }
+        Ok(Action::Stopping) => (Log::of_verb(), verbs::unit::stopping(&host)),
         Err(wrong) => {
             Log::of_verb().error(&format!("{wrong}; see --help"));
             return ExitCode::from(2);
@@ -227,9 +246,17 @@ mod tests {
         assert_eq!(parsed(&["restore"]), restore(false));
         assert_eq!(parsed(&["restore", "--watch"]), restore(true));
         assert_eq!(parsed(&["guard"]), Ok(Action::Guard));
-        let release = |remember| Ok(Action::Release { remember });
-        assert_eq!(parsed(&["release"]), release(false));
-        assert_eq!(parsed(&["release", "--remember"]), release(true));
+        assert_eq!(parsed(&["release"]), Ok(Action::Release));
+        let [binfmt, support] = Unit::ALL;
+        assert_eq!(
+            parsed(&["started", "systemd-binfmt"]),
+            Ok(Action::Started(binfmt))
+        );
+        assert_eq!(
+            parsed(&["stopped", "binfmt-support"]),
+            Ok(Action::Stopped(support))
+        );
+        assert_eq!(parsed(&["stopping"]), Ok(Action::Stopping));
         let status = |json| Ok(Action::Status { json });
         assert_eq!(parsed(&["status"]), status(false));
         assert_eq!(parsed(&["status", "--json"]), status(true));
@@ -249,6 +276,10 @@ mod tests {
             &["restore", "--wait"],
             &["guard", "/x"],
             &["release", "/x"],
+            &["started"],
+            &["started", "wsl-binfmt-guard"],
+            &["stopped", "x"],
+            &["stopped", "systemd-binfmt", "x"],
             &["status", "/x"],
             &["status", "--json", "/x"],
             &["--json"],

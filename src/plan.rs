@@ -25,13 +25,11 @@ pub enum Output {
     },
 }
 
-/// What to emit, and what the templates need to know.
+/// What to emit.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Everything that goes below the output directory.
     pub outputs: Vec<Output>,
-    /// Whether the lines that restore the interop entry belong in.
-    pub interop: bool,
 }
 
 /// What stands beside our output and bears on it.
@@ -75,6 +73,12 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
             target: "../wsl-binfmt-guard.service",
             needs: "wsl-binfmt-guard.service",
         },
+        file!("wsl-binfmt-release.service"),
+        Output::Link {
+            path: "shutdown.target.wants/wsl-binfmt-release.service",
+            target: "../wsl-binfmt-release.service",
+            needs: "wsl-binfmt-release.service",
+        },
     ];
     if conf.interop_enabled {
         outputs.push(file!("wsl-binfmt.service.d/10-wsl-interop.conf"));
@@ -103,10 +107,7 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
     if !neighbors.local_wsl_conf && switches_binfmt_off_on_wsl(&neighbors.vendor_wsl_conf) {
         mask("systemd-binfmt.service.d/wsl.conf", binfmt);
     }
-    Plan {
-        outputs,
-        interop: conf.interop_enabled,
-    }
+    Plan { outputs }
 }
 
 /// Whether a drop-in is the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to save interop
@@ -225,7 +226,7 @@ mod tests {
                 Output::Link { path, needs, .. } => assert!(files.contains(needs), "{path}"),
             }
         }
-        assert_eq!(plan.outputs.len() - files.len(), 5);
+        assert_eq!(plan.outputs.len() - files.len(), 6);
     }
 
     #[test]
@@ -248,6 +249,5 @@ mod tests {
         let restores = ["restore", "wsl-binfmt.service.d"];
         kept.retain(|path| !restores.iter().any(|r| path.contains(r)));
         assert_eq!(paths(&off), kept);
-        assert!(on.interop && !off.interop);
     }
 }

@@ -42,16 +42,39 @@ pub enum Pattern {
     },
 }
 
-/// What a format is to a Windows program, any file that begins with `MZ`.
+/// What a format is to Windows programs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Claim {
-    /// It never takes one, or only some by what they hold further on, not knowing of `MZ`.
+    /// It takes none that begins with `MZ`.
     None,
-    /// It takes them all, or all that are called so: whoever is first gets them.
-    Equal,
-    /// It takes some by a longer magic that begins with `MZ`, and has to come first for that.
+    /// It takes ordinary ones: whoever is first gets them.
+    Ordinary,
+    /// It takes none that is ordinary, but some by a longer magic that begins with `MZ`, as APE's
+    /// does, and has to come first for that.
     Longer,
 }
+
+/// How ordinary Windows programs begin, whoever linked them: the DOS header, the stub for DOS, and
+/// where GNU's linker and .NET put it, the signature of the PE header.
+const ORDINARY_PROGRAM: &[u8] =
+    b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0\xb8\0\0\0\0\0\0\0\x40\0\0\0\0\0\0\0\
+    \0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x80\0\0\0\
+    \x0e\x1f\xba\x0e\0\xb4\x09\xcd\x21\xb8\x01\x4c\xcd\x21This program cannot be run in DOS mode.\
+    \r\r\n$\0\0\0\0\0\0\0PE\0\0";
+
+/// An entry where it is listed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Tells it from one that is registered under its name later.
+    pub inode: u64,
+    /// What it is.
+    pub entry: Entry,
+}
+
+/// When a file was made or changed: seconds and nanoseconds of the kernel's clock.
+pub type Time = (i64, i64);
 
 impl Entry {
     /// Reads the text of an entry's file.
@@ -87,50 +110,53 @@ impl Entry {
 
     /// What it is to a Windows program while it is enabled.
     pub fn claim(&self) -> Claim {
-        let (offset, magic, mask) = match &self.pattern {
+        let wants_mz = match &self.pattern {
             Pattern::Extension(extension) if extension.eq_ignore_ascii_case("exe") => {
-                return Claim::Equal
+                return Claim::Ordinary
             }
-            Pattern::Extension(_) => return Claim::None,
+            Pattern::Extension(_) => false,
             Pattern::Magic {
                 offset,
                 magic,
                 mask,
-            } => (*offset, magic, mask),
+            } => {
+                let whole = |at| bits_that_count(mask, at) != 0;
+                *offset == 0 && magic.starts_with(b"MZ") && whole(0) && whole(1)
+            }
         };
-        let mask_at = |i: usize| bits_that_count(mask, i);
-        let mz_at = |i: usize| b"MZ".get(offset.saturating_add(i));
-        let takes_mz = magic
-            .iter()
-            .enumerate()
-            .all(|(i, m)| mz_at(i).is_none_or(|z| (m ^ z) & mask_at(i) == 0));
-        let wants_more = (0..magic.len()).any(|i| mz_at(i).is_none() && mask_at(i) != 0);
-        let wants_mz =
-            offset == 0 && magic.starts_with(b"MZ") && mask_at(0) != 0 && mask_at(1) != 0;
-        match (takes_mz, wants_more) {
-            (true, false) => Claim::Equal,
-            (true, true) if wants_mz => Claim::Longer,
-            _ => Claim::None,
+        match self.is_for("exe", ORDINARY_PROGRAM) {
+            true => Claim::Ordinary,
+            false if wants_mz => Claim::Longer,
+            false => Claim::None,
         }
     }
 
-    /// Whether it takes a file that begins so, by a name that ends so. What the file holds further
-    /// on is not known, and so not taken.
-    pub fn takes(&self, extension: &str, head: &[u8]) -> bool {
+    /// Whether it takes an ordinary Windows program, called as they are.
+    pub fn takes_windows_programs(&self) -> bool {
+        self.enabled && self.is_for("exe", ORDINARY_PROGRAM)
+    }
+
+    /// Whether it is for a file that is called so and begins so. What the file holds further on is
+    /// not known, and so does not match.
+    fn is_for(&self, extension: &str, head: &[u8]) -> bool {
         let (offset, magic, mask) = match &self.pattern {
-            Pattern::Extension(own) => return self.enabled && own == extension,
+            Pattern::Extension(own) => return own == extension,
             Pattern::Magic {
                 offset,
                 magic,
                 mask,
             } => (*offset, magic, mask),
         };
-        self.enabled
-            && magic.iter().enumerate().all(|(i, byte)| {
-                let mask = bits_that_count(mask, i);
-                let there = head.get(offset.saturating_add(i));
-                mask == 0 || there.is_some_and(|there| (there ^ byte) & mask == 0)
-            })
+        magic.iter().enumerate().all(|(i, byte)| {
+            let mask = bits_that_count(mask, i);
+            let there = head.get(offset.saturating_add(i));
+            mask == 0 || there.is_some_and(|there| (there ^ byte) & mask == 0)
+        })
+    }
+
+    /// Whether the kernel took it from whoever registered it that it holds the interpreter's file.
+    pub fn holds_its_file(&self) -> bool {
+        self.flags.contains('F')
     }
 
     /// The rule that registers it under this name.
@@ -220,11 +246,12 @@ impl Table {
         }
     }
 
-    /// Keeps other distros' tools of this project out while it is held: the directory is the same
-    /// in all of them. Who holds it for long must not hold up Windows programs, so after a while
-    /// it goes without.
+    /// Keeps other distros' tools of this project out while it is held. The file is the same in all
+    /// of them, and only root may open it, so that nobody else can hold it. Who holds it for long
+    /// must not hold up Windows programs, so after a while it goes without.
     pub fn lock(&self) -> Option<Flock<File>> {
-        let mut file = File::open(&self.directory).ok()?;
+        let register = self.directory.join("register");
+        let mut file = OpenOptions::new().write(true).open(register).ok()?;
         for _ in 0..200 {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Some(lock),
@@ -258,13 +285,13 @@ impl Table {
     ///
     /// # Errors
     /// The directory, or an entry, cannot be read.
-    pub fn entries(&self) -> anyhow::Result<Vec<(String, Entry)>> {
+    pub fn entries(&self) -> anyhow::Result<Vec<Listed>> {
         let mut entries = Vec::new();
         for name in self.names()? {
-            match self.read(&name) {
-                Ok(Some(entry)) => entries.push((name, entry)),
-                Err(error) if is_failed_call(&error) => return Err(error),
-                Ok(None) | Err(_) => {}
+            match (self.inode(&name), self.read(&name)) {
+                (Ok(Some(inode)), Ok(Some(entry))) => entries.push(Listed { name, inode, entry }),
+                (Err(error), _) | (_, Err(error)) if is_failed_call(&error) => return Err(error),
+                _ => {}
             }
         }
         Ok(entries)
@@ -291,11 +318,19 @@ impl Table {
     /// # Errors
     /// It cannot be looked at, or it is not the name of an entry.
     pub fn inode(&self, name: &str) -> anyhow::Result<Option<u64>> {
+        Ok(self.identity(name)?.map(|(inode, _)| inode))
+    }
+
+    /// The same, with the time at which the entry was registered.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn identity(&self, name: &str) -> anyhow::Result<Option<(u64, Time)>> {
         let path = self.file_of(name)?;
         match fs::metadata(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             metadata => metadata
-                .map(|m| Some(m.ino()))
+                .map(|m| Some((m.ino(), (m.ctime(), m.ctime_nsec()))))
                 .with_context(|| format!("looking at {path}")),
         }
     }
@@ -319,6 +354,53 @@ impl Table {
         }
     }
 
+    /// Removes an entry if it is still the one with this inode, and says whether it was.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn unregister_exactly(&self, name: &str, inode: u64) -> anyhow::Result<bool> {
+        let path = self.file_of(name)?;
+        // Whatever is registered under the name from here on, this file is the one entry's.
+        let remove = || -> std::io::Result<bool> {
+            let mut file = OpenOptions::new().write(true).open(&path)?;
+            let is_it = file.metadata()?.ino() == inode;
+            if is_it {
+                file.write_all(b"-1")?;
+            }
+            Ok(is_it)
+        };
+        match remove() {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            removed => removed.with_context(|| format!("writing -1 to {path}")),
+        }
+    }
+
+    /// Registers an entry anew, which makes it the first that the kernel tries. Meanwhile another one
+    /// stands in for it, so that it is never missing. Returns the new inode. If the entry is no longer
+    /// the one with this inode, it is somebody else's and stays.
+    ///
+    /// # Errors
+    /// The kernel refuses it; or the rule is too long to be registered under both names.
+    pub fn replace(
+        &self,
+        name: &str,
+        inode: u64,
+        stand_in: &str,
+        entry: &Entry,
+    ) -> anyhow::Result<u64> {
+        let rule = entry.rule(stand_in);
+        if !fits(stand_in, &rule) {
+            bail!("its rule is too long to be registered once more");
+        }
+        self.unregister(stand_in)?;
+        self.register(&rule)?;
+        if self.unregister_exactly(name, inode)? {
+            self.register(&entry.rule(name))?;
+        }
+        self.unregister(stand_in)?;
+        Ok(self.inode(name)?.unwrap_or_default())
+    }
+
     fn file_of(&self, name: &str) -> anyhow::Result<Utf8PathBuf> {
         if !is_name(name) {
             bail!("{name:?} is not the name of an entry");
@@ -333,10 +415,21 @@ fn bits_that_count(mask: &Option<Vec<u8>>, byte: usize) -> u8 {
         .map_or(0xff, |mask| mask.get(byte).copied().unwrap_or(0))
 }
 
+/// Of <linux/limits.h>, in bytes.
+const NAME_MAX: usize = 255;
+
 /// Whether an entry may be called so: the kernel takes no other names, and a path must lead neither
 /// out of the table nor to the files in it that are no entries.
 pub fn is_name(name: &str) -> bool {
-    !["", ".", "..", "register", "status"].contains(&name) && !name.contains('/')
+    !["", ".", "..", "register", "status"].contains(&name)
+        && name.len() <= NAME_MAX
+        && !name.contains(['/', '\0'])
+}
+
+/// Whether the kernel takes a rule of that length for an entry of that name.
+pub fn fits(name: &str, rule: &str) -> bool {
+    // MAX_REGISTER_LENGTH of fs/binfmt_misc.c.
+    name.len() <= NAME_MAX && rule.len() <= 1920
 }
 
 /// Whether the system failed us, which may be over at the next try; not what somebody has made of
@@ -418,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_taken_by_its_name_or_its_first_bytes() {
+    fn a_windows_program_is_taken_by_its_name_or_its_first_bytes() {
         for (pattern, taken) in [
             ("offset 0\nmagic 4d5a", true),
             ("offset 0\nmagic 4d5a9000", true),
@@ -427,33 +520,42 @@ mod tests {
             ("extension .exe", true),
             ("extension .EXE", false),
             ("offset 0\nmagic 4d5a7146", false),
-            ("offset 3\nmagic 0003", false),
-            ("offset 128\nmagic 5045", false),
+            ("offset 3\nmagic 0003", true),
+            ("offset 128\nmagic 5045", true),
+            ("offset 128\nmagic 50450001", false),
+            ("offset 132\nmagic 64", false),
         ] {
-            assert_eq!(entry(pattern).takes("exe", b"MZ\x90\0"), taken, "{pattern}");
+            assert_eq!(entry(pattern).takes_windows_programs(), taken, "{pattern}");
         }
         let mut disabled = entry("extension .exe");
         disabled.enabled = false;
-        assert!(!disabled.takes("exe", b"MZ"));
+        assert!(!disabled.takes_windows_programs());
     }
 
     #[test]
-    fn only_what_is_as_specific_as_mz_claims_windows_programs() {
+    fn what_takes_an_ordinary_windows_program_is_not_more_specific() {
+        assert_eq!(ORDINARY_PROGRAM.len(), 132);
         for (pattern, claim) in [
-            ("offset 0\nmagic 4d5a", Claim::Equal),
-            ("offset 0\nmagic 4d", Claim::Equal),
-            ("offset 0\nmagic 4d5a9000\nmask ffff0000", Claim::Equal),
-            ("offset 0\nmagic 4d00\nmask ff00", Claim::Equal),
-            ("offset 1\nmagic 5a", Claim::Equal),
-            ("offset 4\nmagic 5045\nmask 0000", Claim::Equal),
-            ("extension .exe", Claim::Equal),
-            ("extension .EXE", Claim::Equal),
+            ("offset 0\nmagic 4d5a", Claim::Ordinary),
+            ("offset 0\nmagic 4d", Claim::Ordinary),
+            ("offset 0\nmagic 4d5a9000\nmask ffff0000", Claim::Ordinary),
+            ("offset 0\nmagic 4d5a90", Claim::Ordinary),
+            ("offset 0\nmagic 4d5a90000300", Claim::Ordinary),
+            ("offset 0\nmagic 4d5a9000\nmask ffffff00", Claim::Ordinary),
+            ("offset 0\nmagic 4d00\nmask ff00", Claim::Ordinary),
+            ("offset 1\nmagic 5a", Claim::Ordinary),
+            ("offset 4\nmagic 5045\nmask 0000", Claim::Ordinary),
+            ("offset 78\nmagic 546869732070726f6772616d", Claim::Ordinary),
+            ("offset 128\nmagic 50450000", Claim::Ordinary),
+            ("offset 0\nmagic 00009000\nmask 0000ffff", Claim::Ordinary),
+            ("extension .exe", Claim::Ordinary),
+            ("extension .EXE", Claim::Ordinary),
             ("offset 0\nmagic 4d5a71467044", Claim::Longer),
-            ("offset 0\nmagic 4d5a9000\nmask ffffff00", Claim::Longer),
+            ("offset 0\nmagic 4d5a9000\nmask fffff000", Claim::Ordinary),
+            ("offset 0\nmagic 4d5a5000", Claim::Longer),
             ("offset 0\nmagic 7f454c46", Claim::None),
             ("offset 2\nmagic 4d5a", Claim::None),
-            ("offset 128\nmagic 50450000", Claim::None),
-            ("offset 0\nmagic 00009000\nmask 0000ffff", Claim::None),
+            ("offset 128\nmagic 50450100", Claim::None),
             ("extension .py", Claim::None),
         ] {
             assert_eq!(entry(pattern).claim(), claim, "{pattern}");

@@ -17,6 +17,8 @@ pub struct Unit {
     pub active_state: String,
     /// How the service ended last: `success`, `exit-code` and the like.
     pub result: String,
+    /// What a running service says of itself.
+    pub status_text: String,
     /// Its file, empty if it has none. What masks it may be shown as `/dev/null`.
     pub fragment_path: String,
     /// Its drop-ins.
@@ -48,7 +50,7 @@ const BUS: &str = "org.freedesktop.DBus";
 const INTERFACES: &str = "org.freedesktop.DBus.Properties";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
-const PROPERTIES: [(&str, &str); 10] = [
+const PROPERTIES: [(&str, &str); 11] = [
     (UNIT, "LoadState"),
     (UNIT, "ActiveState"),
     (UNIT, "FragmentPath"),
@@ -59,6 +61,7 @@ const PROPERTIES: [(&str, &str); 10] = [
     (UNIT, "Conditions"),
     (SERVICE, "Result"),
     (SERVICE, "BindPaths"),
+    (SERVICE, "StatusText"),
 ];
 
 /// No line, and no part of a message, that is read here is longer than this, in bytes.
@@ -143,6 +146,7 @@ impl Unit {
             ("LoadState", "s") => self.load_state = value.string()?,
             ("ActiveState", "s") => self.active_state = value.string()?,
             ("Result", "s") => self.result = value.string()?,
+            ("StatusText", "s") => self.status_text = value.string()?,
             ("FragmentPath", "s") => self.fragment_path = value.string()?,
             ("DropInPaths", "as") => self.drop_in_paths = value.array(4, Reader::string)?,
             ("NeedDaemonReload", "b") => self.need_daemon_reload = value.number()? != 0,

@@ -1,6 +1,5 @@
-//! Templates to a directory. In a template `@EXE@` is this program's path as a command line
-//! wants it, `@SOURCE@` the same as `SourcePath=` wants it, and a line that begins with
-//! `@INTEROP@` is there only while interop is on.
+//! Templates to a directory. A template is what systemd gets, but for this program's path: `@EXE@`
+//! is that as a command line wants it, `@SOURCE@` as `SourcePath=` does.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -39,7 +38,7 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
     for output in &plan.outputs {
         let (path, doing, result) = match output {
             Output::File { path, template } => {
-                let text = fill(template, exe, plan.interop);
+                let text = fill(template, exe);
                 (path, "writing", create_file(&top, path, &text))
             }
             Output::Link { path, needs, .. } if !written.contains(needs) => {
@@ -57,18 +56,9 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
 }
 
 /// A template with its placeholders filled in.
-pub fn fill(template: &str, exe: &Utf8Path, interop: bool) -> String {
-    let mut text = String::with_capacity(template.len());
-    for line in template.lines() {
-        let line = match line.strip_prefix("@INTEROP@") {
-            Some(_) if !interop => continue,
-            Some(line) => line,
-            None => line,
-        };
-        text.push_str(line);
-        text.push('\n');
-    }
-    text.replace("@EXE@", &escape_command(exe))
+pub fn fill(template: &str, exe: &Utf8Path) -> String {
+    template
+        .replace("@EXE@", &escape_command(exe))
         .replace("@SOURCE@", &escape_value(exe))
 }
 
@@ -180,17 +170,11 @@ mod tests {
 
     #[test]
     fn placeholders_are_filled_and_escaped() {
-        let template = "A=@EXE@ x\n@INTEROP@B=@EXE@\nC=@SOURCE@\n";
+        let template = "A=@EXE@ x\nC=@SOURCE@\n";
         let exe = Utf8Path::new("/a 100%/\"b\"");
-        let command = "/a\\x20100%%/\\x22b\\x22";
-        let source = "/a 100%%/\"b\"";
         assert_eq!(
-            fill(template, exe, true),
-            format!("A={command} x\nB={command}\nC={source}\n")
-        );
-        assert_eq!(
-            fill(template, exe, false),
-            format!("A={command} x\nC={source}\n")
+            fill(template, exe),
+            "A=/a\\x20100%%/\\x22b\\x22 x\nC=/a 100%%/\"b\"\n"
         );
     }
 
@@ -201,7 +185,7 @@ mod tests {
             ("/a\\", "/a\\x5c", ""),
             ("/@SOURCE@", "/\\x40SOURCE\\x40", "/@SOURCE@"),
         ] {
-            let filled = fill("A=@EXE@\nC=@SOURCE@\n", Utf8Path::new(exe), true);
+            let filled = fill("A=@EXE@\nC=@SOURCE@\n", Utf8Path::new(exe));
             assert_eq!(filled, format!("A={command}\nC={source}\n"));
         }
     }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use ini::{Ini, ParseOption};
 
 /// What this project needs of wsl.conf, and where WSL gives up reading it.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WslConf {
     /// `[boot] protectBinfmt=`: whether the distro wants its interop protected.
     pub protect_binfmt: bool,
@@ -34,6 +34,18 @@ impl Default for WslConf {
             cut: false,
             boot_command: String::new(),
         }
+    }
+}
+
+impl WslConf {
+    /// As much of it as decides what a distro gets, as a wsl.conf.
+    pub fn text(&self) -> String {
+        let WslConf {
+            protect_binfmt,
+            interop_enabled,
+            ..
+        } = self;
+        format!("[boot]\nprotectBinfmt={protect_binfmt}\n[interop]\nenabled={interop_enabled}\n")
     }
 }
 

@@ -161,6 +161,10 @@ fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()
         (b"--nothing", 2),
         (b"restore nothing", 2),
         (b"release --watch", 2),
+        (b"release --remember", 2),
+        (b"started", 2),
+        (b"stopped nothing", 2),
+        (b"started wsl-binfmt-guard", 2),
         (b"status --watch", 2),
         (b"--json", 2),
         (b"--help restore", 2),
@@ -168,7 +172,8 @@ fn wrong_usage_and_failure_are_one_line_on_standard_error() -> anyhow::Result<()
         (b"/not-utf8-\xff", 2),
         // binfmt_misc is not mounted in an empty root.
         (b"restore", 1),
-        (b"guard", 1),
+        (b"started systemd-binfmt", 1),
+        (b"stopped systemd-binfmt", 1),
     ] {
         let (status, output, errors) = program(arguments)?;
         assert_eq!((status, output.as_str()), (Some(expected), ""), "{errors}");

@@ -55,6 +55,7 @@ fn read(text: &[u8]) -> Vec<Rule> {
             name: name.clone(),
             interpreter: fields[5].clone(),
             flags: fields[6].clone(),
+            text: String::from_utf8(line).unwrap(),
             path: "/etc/binfmt.d/a.conf".into(),
         });
     }

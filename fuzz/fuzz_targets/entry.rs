@@ -20,11 +20,23 @@ fuzz_target!(|data: &[u8]| {
 /// An entry that a kernel may have, shown as it shows it.
 fn made(data: &mut Unstructured) -> Result<()> {
     let pattern = if data.arbitrary()? {
-        Pattern::Extension(data.arbitrary()?)
+        match data.int_in_range(0..=2)? {
+            0 => Pattern::Extension(data.arbitrary()?),
+            1 => Pattern::Extension("exe".to_owned()),
+            _ => Pattern::Extension("EXE".to_owned()),
+        }
     } else {
         let mut magic: Vec<u8> = data.arbitrary()?;
-        if data.arbitrary()? {
-            magic.splice(..0, *b"MZ");
+        let kind = data.int_in_range(0..=2)?;
+        let offset = data.int_in_range(0..=140)?;
+        match kind {
+            0 => {}
+            1 => drop(magic.splice(..0, *b"MZ")),
+            // What an ordinary program has there, but for a bit here and there.
+            _ => {
+                let program = ordinary_program(0).into_iter().skip(offset);
+                magic.iter_mut().zip(program).for_each(|(m, p)| *m ^= p);
+            }
         }
         let mask = match data.arbitrary()? {
             true => {
@@ -33,7 +45,6 @@ fn made(data: &mut Unstructured) -> Result<()> {
             }
             false => None,
         };
-        let offset = data.int_in_range(0..=3)?;
         Pattern::Magic {
             offset,
             magic,
@@ -88,11 +99,16 @@ fn check(entry: &Entry, name: &str) {
         if !magic.is_empty() && same_length {
             let tried = tried(entry);
             assert_eq!(claim, tried, "{entry:?}");
-            let head_will_do = entry.enabled && tried == Claim::Equal;
-            assert_eq!(entry.takes("", b"MZ"), head_will_do, "{entry:?}");
+            let takes = entry.enabled && tried == Claim::Ordinary;
+            assert_eq!(entry.takes_windows_programs(), takes, "{entry:?}");
         }
-    } else if entry.takes("exe", b"MZ") {
-        assert_eq!(claim, Claim::Equal);
+    } else if let Pattern::Extension(extension) = &entry.pattern {
+        // A program may be called `A.EXE`, but `hello.exe` is what they are called here.
+        let is_for_programs = extension.to_lowercase() == "exe";
+        assert_eq!(claim == Claim::Ordinary, is_for_programs, "{entry:?}");
+        assert_eq!(claim == Claim::None, !is_for_programs, "{entry:?}");
+        let takes = entry.enabled && extension == "exe";
+        assert_eq!(entry.takes_windows_programs(), takes, "{entry:?}");
     }
 
     let rule = entry.rule(name);
@@ -135,7 +151,8 @@ fn is_name(name: &str) -> bool {
     !matches!(name, "" | "." | "..") && !name.contains(['/', '\0'])
 }
 
-/// Tries it on Windows programs: one that holds all that it asks for, one that holds nothing of it.
+/// Tries it on Windows programs: on ordinary ones, of which only the beginning is the same in all,
+/// and on one that holds all that it asks for.
 fn tried(entry: &Entry) -> Claim {
     let Pattern::Magic {
         offset,
@@ -145,30 +162,51 @@ fn tried(entry: &Entry) -> Claim {
     else {
         unreachable!()
     };
-    let places = |i: usize| offset.saturating_add(i);
-    let program = |flip: u8| {
-        let mut bytes = vec![0; 512];
-        for (i, byte) in magic.iter().enumerate() {
-            if let Some(place) = bytes.get_mut(places(i)) {
-                *place = byte ^ flip;
-            }
-        }
-        bytes[..2].copy_from_slice(b"MZ");
-        bytes
-    };
     let bits = |i: usize| mask.as_ref().map_or(0xff, |mask| mask[i]);
-    let takes = |program: Vec<u8>| {
+    let takes = |program: &[u8]| {
         (0..magic.len()).all(|i| {
-            let there = program.get(places(i)).copied().unwrap_or(!magic[i]);
+            let place = offset.saturating_add(i);
+            let there = program.get(place).copied().unwrap_or(!magic[i]);
             there & bits(i) == magic[i] & bits(i)
         })
     };
-    let knows_mz = *offset == 0 && magic.starts_with(b"MZ") && bits(0) != 0 && bits(1) != 0;
-    match (takes(program(0)), takes(program(0xff))) {
-        (_, true) => Claim::Equal,
-        (true, false) if knows_mz => Claim::Longer,
-        _ => Claim::None,
+    // Whatever follows, one of these has it otherwise.
+    if takes(&ordinary_program(0)) && takes(&ordinary_program(0xff)) {
+        return Claim::Ordinary;
     }
+    let knows_mz = *offset == 0 && magic.starts_with(b"MZ") && bits(0) != 0 && bits(1) != 0;
+    if knows_mz {
+        Claim::Longer
+    } else {
+        Claim::None
+    }
+}
+
+/// What the kernel looks at of a program: the DOS header's fields as GNU's linker fills them, its
+/// stub, the signature of the PE header, and something after that.
+fn ordinary_program(then: u8) -> Vec<u8> {
+    let mut program = vec![0; 64];
+    let fields: [(usize, u16); 9] = [
+        (0, u16::from_le_bytes(*b"MZ")),
+        (2, 144),  // bytes on the last page
+        (4, 3),    // pages
+        (8, 4),    // paragraphs of the header
+        (12, !0),  // paragraphs at most
+        (16, 184), // SP
+        (24, 64),  // relocations
+        (60, 128), // the PE header, low
+        (62, 0),   // and high
+    ];
+    for (place, value) in fields {
+        program[place..place + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    // push cs; pop ds; mov dx, 14; mov ah, 9; int 33; mov ax, 0x4c01; int 33
+    program.extend([14, 31, 186, 14, 0, 180, 9, 205, 33, 184, 1, 76, 205, 33]);
+    program.extend(b"This program cannot be run in DOS mode.\r\r\n$");
+    program.resize(128, 0);
+    program.extend(b"PE\0\0");
+    program.resize(256, then);
+    program
 }
 
 /// What the kernel makes of a rule: create_entry() of fs/binfmt_misc.c.

@@ -1,4 +1,4 @@
-//! Files of other people's, below a root of our own: what `release` does by its list, PID 1's
+//! Files of other people's, below a root of our own: what `release` does by a record, PID 1's
 //! environment, the list of sockets, and units that look as if they registered the entry.
 
 #![no_main]
@@ -9,13 +9,24 @@ use std::sync::OnceLock;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use libfuzzer_sys::fuzz_target;
-use wsl_binfmt_generator_fuzz::host::{Host, REGISTERED};
+use wsl_binfmt_generator_fuzz::host::Host;
 use wsl_binfmt_generator_fuzz::report::State;
-use wsl_binfmt_generator_fuzz::verbs::release::release;
-use wsl_binfmt_generator_fuzz::{interop, leftovers, Wanted};
+use wsl_binfmt_generator_fuzz::verbs::unit::release;
+use wsl_binfmt_generator_fuzz::{leftovers, sockets, Wanted};
 
 const TABLE: &str = "/proc/sys/fs/binfmt_misc";
-const ENTRIES: [&str; 5] = ["a", "b c", "WSLInterop", "status", "register"];
+const RECORDS: [&str; 2] = ["systemd-binfmt.rules", "binfmt-support.rules"];
+/// With `F`, and without.
+const HOLDS: &str = "enabled\ninterpreter /x\nflags: PF\noffset 0\nmagic 41\n";
+const PLAIN: &str = "enabled\ninterpreter /x\nflags: \nextension .b\n";
+const ENTRIES: [(&str, &str); 6] = [
+    ("a", HOLDS),
+    ("b c", PLAIN),
+    ("WSLInterop", HOLDS),
+    ("Interop", "this makes no sense\n"),
+    ("status", "kept"),
+    ("register", "kept"),
+];
 const DROP_IN: &str = "/etc/systemd/system/a.service.d/a.conf";
 const SOCKET: &str = "/run/WSL/8_interop";
 
@@ -27,9 +38,9 @@ fuzz_target!(init: { start(); }, |data: &[u8]| {
     };
     let text = String::from_utf8_lossy(data);
     match which % 4 {
-        0 => remembered(&text),
+        0 => recorded(&text),
         1 => environment(data),
-        2 => sockets(&text),
+        2 => listened(&text),
         _ => drop_in(&text),
     }
 });
@@ -56,40 +67,65 @@ fn host() -> (Host, &'static Utf8Path) {
     (Host::from_environment(), ROOT.get().unwrap())
 }
 
-/// `@a` stands for the inode of the entry `a`.
-fn remembered(text: &str) {
+/// `@a` stands for the inode of the entry `a`. What follows an empty line is the second record.
+fn recorded(text: &str) {
     let (host, root) = host();
     let entry = |name: &str| below(root, TABLE).join(name);
     let outside = below(root, "/proc/sys/fs/outside");
     fs::write(&outside, "kept").unwrap();
-    let mut list = text.replace("@.", &outside.metadata().unwrap().ino().to_string());
-    for name in ENTRIES {
-        fs::write(entry(name), "kept").unwrap();
+    let mut text = text.replace("@.", &outside.metadata().unwrap().ino().to_string());
+    for (name, shown) in ENTRIES {
+        fs::write(entry(name), shown).unwrap();
         let inode = entry(name).metadata().unwrap().ino();
-        list = list.replace(&format!("@{}", &name[..1]), &inode.to_string());
+        text = text.replace(&format!("@{}", &name[..1]), &inode.to_string());
     }
-    fs::write(below(root, REGISTERED), &list).unwrap();
+    let (first, second) = text.split_once("\n\n").unwrap_or((&text, ""));
+    for (record, text) in RECORDS.iter().zip([first, second]) {
+        fs::write(below(root, "/run/wsl-binfmt").join(record), text).unwrap();
+    }
     let result = release(&host);
 
-    for name in ENTRIES {
-        let inode = entry(name).metadata().unwrap().ino();
-        let is_listed = |line: &str| {
-            let mut parts = line.splitn(2, ' ');
-            let number = parts.next().and_then(|n| n.parse().ok());
-            number == Some(inode) && parts.next() == Some(name)
+    // Whether a peer had it, of each line that is about the entry.
+    let of = |name: &str| {
+        let inode = entry(name).metadata().unwrap().ino().to_string();
+        let about = |line: &&str| {
+            let parts: Vec<&str> = line.splitn(3, ' ').collect();
+            let &[number, _, rule] = parts.as_slice() else {
+                return false;
+            };
+            let number = number.strip_prefix('+').unwrap_or(number);
+            let named = rule.chars().next().is_some_and(|between| {
+                let fields: Vec<&str> = rule.split(between).collect();
+                fields.get(1) == Some(&name)
+            });
+            named && number.trim_start_matches('0') == inode
         };
-        let expected = ["a", "b c"].contains(&name) && list.lines().any(is_listed);
+        let lines = first.lines().chain(second.lines());
+        let shared = lines
+            .filter(about)
+            .map(|line| line.split(' ').nth(1) == Some("shared"));
+        shared.collect::<Vec<_>>()
+    };
+    let gone = |shown: &str| format!("-1{}", &shown[2..]);
+    for (name, shown) in ENTRIES {
+        let shared = of(name);
+        let expected = match name {
+            "a" | "Interop" if !shared.is_empty() => gone(shown),
+            "b c" if shared.contains(&false) => gone(shown),
+            // The peer's is as it was without us.
+            "register" if of("a").first() == Some(&true) => r":a:M:0:\x41::/x:P".to_owned(),
+            _ => shown.to_owned(),
+        };
+        // Whose text makes no sense, nobody can say that it holds no file.
         let done = fs::read_to_string(entry(name)).unwrap();
-        assert_eq!(
-            done,
-            if expected { "-1pt" } else { "kept" },
-            "{name}: {list:?}"
-        );
+        assert_eq!(done, expected, "{name}: {text:?}");
     }
-    assert_eq!(fs::read_to_string(&outside).unwrap(), "kept", "{list:?}");
-    // A list that makes no sense must not be there for ever.
-    assert!(result.is_ok(), "{list:?}: {result:?}");
-    assert!(!below(root, REGISTERED).exists());
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "kept", "{text:?}");
+    // A record that makes no sense must not be there for ever.
+    assert!(result.is_ok(), "{text:?}: {result:?}");
+    for record in RECORDS {
+        assert!(!below(root, "/run/wsl-binfmt").join(record).exists());
+    }
 }
 
 fn environment(data: &[u8]) {
@@ -105,11 +141,11 @@ fn environment(data: &[u8]) {
 }
 
 /// `@` stands for the root.
-fn sockets(text: &str) {
+fn listened(text: &str) {
     let (host, root) = host();
     let text = text.replace('@', root.as_str());
     fs::write(below(root, "/proc/net/unix"), &text).unwrap();
-    let found = interop::check(&host, &Wanted);
+    let found = sockets::check(&host, &Wanted);
     let listened_on = text.lines().any(|line| {
         let path = line.find(" /").map(|at| &line[at + 1..]);
         let flags = line.split_ascii_whitespace().nth(3).unwrap_or_default();

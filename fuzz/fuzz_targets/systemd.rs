@@ -140,6 +140,7 @@ fn well_formed(data: &mut Unstructured) -> Result<()> {
         tested: data.arbitrary()?,
         conditions_held: data.arbitrary()?,
         binds_over: data.arbitrary()?,
+        status_text: data.arbitrary()?,
         ..Unit::default()
     };
     type Tested = (String, bool, bool, String, i32);
@@ -165,7 +166,7 @@ fn well_formed(data: &mut Unstructured) -> Result<()> {
     };
     let mut replies = Vec::new();
     let sender: String = data.arbitrary()?;
-    for property in 0..10 {
+    for property in 0..11 {
         let mut body = Message::default();
         match property {
             0 => drop(body.signature("s").string(&unit.load_state)),
@@ -189,12 +190,13 @@ fn well_formed(data: &mut Unstructured) -> Result<()> {
                     m.string(argument).number(*state as u32);
                 }),
             8 => drop(body.signature("s").string(&unit.result)),
-            _ => body
+            9 => body
                 .signature("a(ssbt)")
                 .array(8, unit.binds_over.len(), |m, i| {
                     m.string("/dev/null").string(&unit.binds_over[i]);
                     m.number(1).align(8).bytes(&[0; 8]);
                 }),
+            _ => drop(body.signature("s").string(&unit.status_text)),
         }
         replies.push(message(2, property + 2, &sender, &body.0));
     }

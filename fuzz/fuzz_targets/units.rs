@@ -14,24 +14,17 @@ fuzz_target!(|path: &str| {
     }
     let path = format!("/{path}");
     let plan = plan(&WslConf::default(), &Neighbors::default());
-    for interop in [true, false] {
-        for output in &plan.outputs {
-            if let Output::File { template, .. } = output {
-                check(template, &path, interop);
-            }
+    for output in &plan.outputs {
+        if let Output::File { template, .. } = output {
+            check(template, &path);
         }
     }
 });
 
-fn check(template: &str, path: &str, interop: bool) {
-    let text = fill(template, Utf8Path::new(path), interop);
+fn check(template: &str, path: &str) {
+    let text = fill(template, Utf8Path::new(path));
     let mut lines = text.split('\n');
     for line in template.split_terminator('\n') {
-        let line = match line.strip_prefix("@INTEROP@") {
-            Some(_) if !interop => continue,
-            Some(rest) => rest,
-            None => line,
-        };
         let filled = lines.next().unwrap();
         assert!(!filled.contains(['\r', '\0']), "{filled:?}");
         if let Some((before, after)) = line.split_once("@EXE@") {

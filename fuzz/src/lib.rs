@@ -9,7 +9,7 @@
 pub mod binfmt_d;
 #[path = "../../src/host.rs"]
 pub mod host;
-#[path = "../../src/verbs/status/interop.rs"]
+#[path = "../../src/interop.rs"]
 pub mod interop;
 #[path = "../../src/verbs/status/leftovers.rs"]
 pub mod leftovers;
@@ -17,12 +17,18 @@ pub mod leftovers;
 pub mod log;
 #[path = "../../src/mounts.rs"]
 pub mod mounts;
+#[path = "../../src/own.rs"]
+pub mod own;
 #[path = "../../src/plan.rs"]
 pub mod plan;
 #[path = "../../src/registry.rs"]
 pub mod registry;
+#[path = "../../src/repair.rs"]
+pub mod repair;
 #[path = "../../src/verbs/status/report.rs"]
 pub mod report;
+#[path = "../../src/verbs/status/interop.rs"]
+pub mod sockets;
 #[path = "../../src/systemd.rs"]
 pub mod systemd;
 #[path = "../../src/units.rs"]

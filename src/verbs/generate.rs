@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use anyhow::{bail, Context};
 use camino::Utf8Path;
 
-use crate::host::{self, Host, WSL_CONF};
+use crate::host::{self, Host, BOOT_CONF, WSL_CONF};
 use crate::log::Log;
 use crate::plan::Plan;
 use crate::wsl::Verdict;
@@ -44,6 +44,9 @@ pub struct Decision {
     /// What its wsl.conf says, as far as it can be read. A distro without one is as WSL's defaults
     /// have it; one that is unreadable must not lose its protection.
     pub conf: WslConf,
+    /// What it said when the distro started, which counts until it stops, as for WSL itself: what is
+    /// running by then cannot be taken back by halves. None if nothing is running yet.
+    pub noted: Option<WslConf>,
     /// How it was read.
     pub reading: Reading,
     /// What is wrong with it, of which its owner should hear.
@@ -69,6 +72,36 @@ pub enum Reading {
 
 /// Decides what a WSL2 distro gets.
 pub fn decide(host: &Host) -> Decision {
+    let (conf, reading, warning) = read(host);
+    let noted = noted(host);
+    let mut doubts = Vec::new();
+    let plan = plan::plan(
+        noted.as_ref().unwrap_or(&conf),
+        &host.neighbors(|doubt| doubts.push(doubt)),
+    );
+    Decision {
+        conf,
+        noted,
+        reading,
+        warning,
+        doubts,
+        plan,
+    }
+}
+
+/// What counts of wsl.conf while the distro runs.
+pub fn in_force(host: &Host) -> WslConf {
+    noted(host).unwrap_or_else(|| read(host).0)
+}
+
+/// What the guard noted when the distro started.
+fn noted(host: &Host) -> Option<WslConf> {
+    let noted = host.read(BOOT_CONF).ok()?;
+    wsl_conf::parse(&noted).ok()
+}
+
+/// Reads wsl.conf; with what is wrong with it.
+fn read(host: &Host) -> (WslConf, Reading, Option<String>) {
     let path = host.path(WSL_CONF);
     let read = host.read(WSL_CONF);
     let reading = match &read {
@@ -95,13 +128,5 @@ pub fn decide(host: &Host) -> Decision {
         Err(_) if reading == Reading::Missing => (WslConf::default(), None),
         Err(error) => (WslConf::default(), Some(format!("{error:#}, ignoring"))),
     };
-    let mut doubts = Vec::new();
-    let plan = plan::plan(&conf, &host.neighbors(|doubt| doubts.push(doubt)));
-    Decision {
-        conf,
-        reading,
-        warning,
-        doubts,
-        plan,
-    }
+    (conf, reading, warning)
 }

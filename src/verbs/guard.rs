@@ -1,7 +1,7 @@
-//! `guard`: keep the status file of binfmt_misc from being written, in this distro's own mount
-//! namespace. Whatever here empties the table does it by writing `-1` there, and systemd-shutdown
-//! does it last of all, when no unit is left to mend it. The mount needs no undoing: it ends with
-//! the distro.
+//! `guard`: keep the status file of binfmt_misc from being written, in all mount namespaces of this
+//! distro. Whatever here empties the table does it by writing `-1` there, and systemd-shutdown does
+//! it last of all, when no unit is left to repair it. The mount needs no undoing: it ends with the
+//! distro. What else has to be known of the distro's start is noted here, too.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,35 +9,98 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 use camino::Utf8Path;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
-use nix::sys::statvfs::{statvfs, FsFlags};
 
-use crate::host::{Host, BINFMT_MISC, GUARD_FILE};
-use crate::registry::Table;
+use crate::host::{Host, BEFORE, BINFMT_MISC, BOOT_CONF, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS};
+use crate::log::Log;
+use crate::own::{self, Unit};
+use crate::registry::{is_failed_call, Table};
+use crate::repair;
+use crate::verbs::generate::in_force;
 
-/// Binds a read-only file over the status file, unless something already is.
+/// Binds a read-only file over the status file, unless something already is, and notes how the
+/// distro is when it starts. Where there is no table yet, that is said, and is no error.
+///
+/// # Errors
+/// A mount fails, and the status file is as it was; or something cannot be noted.
+pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
+    let mut result = note_settings(host).and(keep_drop_ins(host));
+    let table = match Table::open(host) {
+        Ok(table) => table,
+        Err(error) if is_failed_call(&error) => return Err(error),
+        Err(error) => {
+            log.warning(&format!("{error:#}; guarding it when this distro stops"));
+            return result;
+        }
+    };
+    type Note = fn(&Host, &Table) -> anyhow::Result<()>;
+    let notes: [(&str, Note); 2] = [(BEFORE, own::note_before), (INTEROP, repair::note_interop)];
+    for (path, note) in notes {
+        result = result.and(match is_there(host, path) {
+            Ok(true) => Ok(()),
+            Ok(false) => note(host, &table),
+            Err(error) => Err(error),
+        });
+    }
+    result = bind_over_status(host).and(result);
+    if in_force(host).interop_enabled {
+        result = result.and(repair::cover(host, &table).map(drop));
+    }
+    result
+}
+
+fn is_there(host: &Host, absolute: &str) -> anyhow::Result<bool> {
+    let path = host.path(absolute);
+    path.try_exists()
+        .with_context(|| format!("looking at {path}"))
+}
+
+/// wsl.conf counts when a distro starts: what it says then is kept for the generator's later runs.
+fn note_settings(host: &Host) -> anyhow::Result<()> {
+    if is_there(host, BOOT_CONF)? {
+        return Ok(());
+    }
+    host.write(BOOT_CONF, &in_force(host).text())
+}
+
+/// The guard's mount outlives the generator, should that be removed or masked while the distro runs.
+/// Without their drop-ins, systemd-binfmt and binfmt-support would fail at it from then on.
+fn keep_drop_ins(host: &Host) -> anyhow::Result<()> {
+    let [_, runtime, _] = LOCAL_UNITS;
+    for unit in Unit::ALL {
+        let path = format!("{}.service.d/10-wsl-interop.conf", unit.name());
+        let text = host.own_text(&format!("{EARLY}/{path}"))?;
+        if !text.is_empty() {
+            host.write(&format!("{runtime}/{path}"), &text)?;
+        }
+    }
+    Ok(())
+}
+
+/// The mount itself.
 ///
 /// # Errors
 /// binfmt_misc is not mounted, or a mount fails; then the status file is as it was.
-pub fn guard(host: &Host) -> anyhow::Result<()> {
+pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     // Two at once would mount twice.
     let _lock = Table::open(host)?.lock();
     let table = host.path(BINFMT_MISC);
     let status = table.join("status");
     let file = host.path(GUARD_FILE);
+    // What a killed run has left.
+    while umount2(file.as_str(), MntFlags::MNT_DETACH).is_ok() {}
     if is_bound_over(&status, &table)? {
-        return match is_half_done(&status, &file) {
-            true => make_read_only(&status),
-            false => Ok(()),
-        };
+        return Ok(());
     }
     let state = fs::read_to_string(&status).with_context(|| format!("reading {status}"))?;
     host.write(GUARD_FILE, &state)?;
 
-    bind(&file, &status).with_context(|| format!("binding {file} over {status}"))?;
-    make_read_only(&status).inspect_err(|_| {
-        // Nothing more can be done than to try; the first error is the one to report.
-        let _ = umount2(status.as_str(), MntFlags::MNT_DETACH);
-    })
+    // A distro may have a second mount namespace. A mount gets there as it is when it is made; a
+    // later change of its flags does not. So what is bound has to be read-only before.
+    bind(&file, &file)?;
+    let bound = make_read_only(&file).and_then(|()| bind(&file, &status));
+    // The mount over the status file does not need this one.
+    let unbound = umount2(file.as_str(), MntFlags::MNT_DETACH);
+    bound.and(unbound.with_context(|| format!("unmounting {file}")))
 }
 
 /// A file that is bound over another one lies on a file system of its own. Asking the files and
@@ -51,14 +114,7 @@ fn is_bound_over(status: &Utf8Path, table: &Utf8Path) -> anyhow::Result<bool> {
     Ok(device(status)? != device(table)?)
 }
 
-/// Whether an earlier run was killed between its two steps.
-fn is_half_done(status: &Utf8Path, file: &Utf8Path) -> bool {
-    let identity = |path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let read_only = statvfs(status.as_str()).map(|s| s.flags().contains(FsFlags::ST_RDONLY));
-    read_only == Ok(false) && identity(status) == identity(file)
-}
-
-fn bind(file: &Utf8Path, over: &Utf8Path) -> nix::Result<()> {
+fn bind(file: &Utf8Path, over: &Utf8Path) -> anyhow::Result<()> {
     let none: Option<&str> = None;
     mount(
         Some(file.as_str()),
@@ -67,6 +123,7 @@ fn bind(file: &Utf8Path, over: &Utf8Path) -> nix::Result<()> {
         MsFlags::MS_BIND,
         none,
     )
+    .with_context(|| format!("binding {file} over {over}"))
 }
 
 fn make_read_only(mounted: &Utf8Path) -> anyhow::Result<()> {

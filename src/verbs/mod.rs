@@ -2,7 +2,7 @@
 
 pub mod generate;
 pub mod guard;
-pub mod release;
 pub mod restore;
 pub mod status;
+pub mod unit;
 pub mod watch;

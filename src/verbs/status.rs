@@ -87,11 +87,14 @@ fn examine(host: &Host) -> Report {
     }
     let decision = decision.result(start + PATIENCE_WITH_WSL_CONF);
     let known = decision.as_ref().filter(|d| d.reading != Reading::Denied);
+    let noted = decision.as_ref().and_then(|d| d.noted.as_ref());
+    let in_force = noted.or(known.map(|d| &d.conf));
     let wanted = Wanted {
-        protect: known.map(|d| d.conf.protect_binfmt),
-        interop: known.map(|d| d.conf.interop_enabled),
+        protect: in_force.map(|conf| conf.protect_binfmt),
+        interop: in_force.map(|conf| conf.interop_enabled),
     };
-    let plan = known.map(|d| d.plan.clone()).unwrap_or_default();
+    let plan = decision.as_ref().filter(|_| in_force.is_some());
+    let plan = plan.map(|d| d.plan.clone()).unwrap_or_default();
     let boot_command = known.map(|d| d.conf.boot_command.clone());
     let mut findings = vec![platform(host)];
     findings.extend(match &decision {
@@ -231,14 +234,24 @@ fn wsl_conf(host: &Host, decision: &Decision) -> Vec<Finding> {
         let found = format!("{path}: only root can read it");
         return vec![Finding::unknown(check, found)];
     }
-    let edit = |how: &str| Mend::Edit(format!("{path}{how}; then systemctl daemon-reload"));
+    let again = "then start this distro again";
+    let edit = |how: &str| Mend::Edit(format!("{path}{how}; {again}"));
     let mut findings = Vec::new();
-    if !conf.protect_binfmt {
+    let counts = decision.noted.as_ref().unwrap_or(conf);
+    if counts.text() != conf.text() {
+        let found = format!(
+            "{path} has changed: protectBinfmt={}, interop enabled={}; that counts from the next \
+             start of this distro",
+            conf.protect_binfmt, conf.interop_enabled
+        );
+        findings.push(Finding::note(check, found));
+    }
+    if !counts.protect_binfmt {
         let found = format!("{path}: protectBinfmt=false, so nothing is protected, on purpose");
         let mend = edit(", section [boot]: without protectBinfmt=");
         findings.push(Finding::bad(check, Harm::Unprotected, found, mend));
     }
-    if !conf.interop_enabled {
+    if !counts.interop_enabled {
         let found = "enabled=false in [interop], so no Windows programs start here, on purpose";
         findings.push(Finding::note(check, format!("{path}: {found}")));
     }

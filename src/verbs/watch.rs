@@ -1,12 +1,14 @@
-//! `restore --watch`: stay, and mend the entry whenever the table changes. It sleeps until the
-//! kernel reports a change: removals and registrations show in inotify(7), whoever made them and
-//! through whichever mount.
+//! `restore --watch`: stay, and repair what others do to the table. It sleeps until the kernel
+//! reports a change: what is written to the table shows in inotify(7), whoever wrote and through
+//! whichever mount. Then Windows programs get a stand-in at once if they need one. All else has
+//! time until nobody writes any more: others may be in the middle of something, and must not meet
+//! an entry of ours under a name that they are about to register.
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
+use anyhow::{Context, Error};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -16,76 +18,324 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use crate::host::{self, Host, BINFMT_MISC, MOUNTS};
 use crate::log::Log;
 use crate::registry::{is_failed_call, Table};
-use crate::verbs::restore;
+use crate::repair::{self, Pending};
 
-/// Mends the entry, tells systemd that it stands, and goes on until SIGTERM or SIGINT.
+/// How long nobody must have written to the table before it is settled. Up to a third more, another
+/// time for each watcher, so that one does the work and the others only see that it is done.
+const QUIET: Duration = Duration::from_millis(300);
+/// How long that is waited for at most.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What is undone so soon after it was settled, so often in a row, is undone by somebody who fights.
+const UNDONE: Duration = Duration::from_millis(50);
+const UNDONE_IN_A_ROW: u32 = 5;
+/// In a fight all that waiting is doubled each time, up to so many times as long.
+const LONGEST: u32 = 32;
+/// How long it looks away while the table is being written to.
+const PACE: Duration = Duration::from_millis(1);
+const PACE_IN_A_FIGHT: Duration = Duration::from_millis(20);
+/// How long it waits after a call that failed; twice as long each time.
+const RETRY: Duration = Duration::from_millis(100);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+/// How often it looks where the kernel cannot report changes.
+const UNREPORTED: Duration = Duration::from_secs(1);
+/// How long the same deed is not told again.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// Repairs what is out of order, tells systemd when Windows programs start, and goes on until
+/// SIGTERM or SIGINT. What others have made of the table, or have not mounted, is told, and
+/// repaired as soon as it can be.
 ///
 /// # Errors
-/// The entry could not be made to stand at the start, as in `restore::mend`. What fails later is
-/// logged, and tried again after the next change.
+/// The kernel does not let it wait at all, or systemd cannot be told.
 pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
     let signals = catch_signals().context("catching signals")?;
-    let mut watched = Watched::start(host)?;
-    restore::restore(host, log)?;
-    host::notify_systemd("READY=1").context("telling systemd that the entry stands")?;
-
-    let mut patience = Patience::new(Instant::now());
-    let mut said = Said::default();
-    let mut again = false;
-    while again
-        || watched
-            .wait(&signals, None)
+    let mut reports = Reports::default();
+    let mut watcher = Watcher::new(host, log);
+    let mut ready = false;
+    loop {
+        let change = reports.take(host);
+        let wrote = change.as_ref().is_ok_and(|change| change.wrote);
+        watcher.look(change);
+        if !ready {
+            host::notify_systemd("READY=1").context("telling systemd that it is ready")?;
+            ready = true;
+        }
+        // What is written meanwhile is looked at in one.
+        let pause = wrote.then(|| Instant::now() + watcher.pace());
+        if pause.is_some() && !reports.wait(&signals, pause, false).context("pausing")? {
+            return Ok(());
+        }
+        let due = watcher.due();
+        if !reports
+            .wait(&signals, due, true)
             .context("waiting for a change")?
-    {
-        watched.follow(host)?;
-        let outcome = restore::mend(host);
-        // The next change may be far, and the entry missing until then.
-        again = outcome.as_ref().is_err_and(is_failed_call);
-        let outcome = match outcome {
-            Ok(deeds) if deeds.is_empty() => continue,
-            outcome => outcome.map(|deeds| deeds.join("; ")),
-        };
-        let spent = patience.spend(Instant::now());
-        said.outcome(log, outcome, spent);
-        let pause = match spent {
-            Spent::All => Some(PAUSE),
-            _ => again.then_some(RETRY),
-        };
-        if pause.is_some() && !watched.wait(&signals, pause).context("pausing")? {
-            break;
+        {
+            return Ok(());
         }
     }
-    Ok(())
 }
 
-/// What has been said of late, so that it is not said again and again.
-#[derive(Default)]
-struct Said {
-    of_late: Vec<(String, Instant)>,
-    fight: bool,
+/// What is known of the table's changes since it was last asked for.
+struct Change {
+    /// There were any.
+    wrote: bool,
+    /// The table may have been emptied.
+    flushed: bool,
 }
 
-impl Said {
-    fn outcome(&mut self, log: &Log, outcome: anyhow::Result<String>, spent: Spent) {
-        let failed = outcome.is_err();
-        let message = outcome.unwrap_or_else(|error| format!("{error:#}"));
-        if spent == Spent::All && !self.fight {
-            log.warning(&format!(
-                "something undoes this again and again: {message}; from now on tried about \
-                 {REGAINED} times a second at most"
-            ));
+/// The time since somebody began to write to the table.
+struct Burst {
+    since: Instant,
+    quiet_at: Instant,
+}
+
+/// One watcher, between its looks at the table.
+struct Watcher<'a> {
+    host: &'a Host,
+    told: Told<'a>,
+    burst: Option<Burst>,
+    /// What the kernel reports is not everything, or something failed: another look then.
+    again_at: Option<Instant>,
+    retry: Duration,
+    /// How many times as long as usual it waits, which is more than once in a fight.
+    times: u32,
+    /// When it did something last, and how often in a row that was undone.
+    settled: Option<Instant>,
+    undone: u32,
+    flushed: bool,
+    pending: Pending,
+    /// What kept it from being settled.
+    unsettled: Vec<Error>,
+}
+
+impl<'a> Watcher<'a> {
+    fn new(host: &'a Host, log: &'a Log) -> Watcher<'a> {
+        Watcher {
+            host,
+            told: Told::new(log),
+            burst: None,
+            again_at: Some(Instant::now()),
+            retry: RETRY,
+            times: 1,
+            settled: None,
+            undone: 0,
+            // Before it was started, perhaps.
+            flushed: true,
+            pending: Pending::default(),
+            unsettled: Vec::new(),
         }
-        self.fight = spent != Spent::Willingly;
-        self.of_late.retain(|(_, when)| when.elapsed() < REPEAT);
-        if self.fight || self.of_late.iter().any(|(said, _)| *said == message) {
+    }
+
+    /// When there is something to do again, if nothing is written until then.
+    fn due(&self) -> Option<Instant> {
+        let settle = self.burst.as_ref().map(|burst| self.settle_at(burst));
+        settle.into_iter().chain(self.again_at).min()
+    }
+
+    fn settle_at(&self, burst: &Burst) -> Instant {
+        burst.quiet_at.min(burst.since + PATIENCE * self.times)
+    }
+
+    fn is_fight(&self) -> bool {
+        self.times > 1
+    }
+
+    /// Lets the other side have its way for longer.
+    fn give_way(&mut self) {
+        // Once may be others of ours who are at the same work.
+        if self.times == 2 {
+            self.told.fight();
+        }
+        self.times = (self.times * 2).min(LONGEST);
+    }
+
+    fn pace(&self) -> Duration {
+        match self.is_fight() {
+            true => PACE_IN_A_FIGHT,
+            false => PACE,
+        }
+    }
+
+    /// Does what is to be done now.
+    fn look(&mut self, change: anyhow::Result<Change>) {
+        let now = Instant::now();
+        let (change, unreported) = match change {
+            Ok(change) => (change, None),
+            Err(error) => {
+                let blind = Change {
+                    wrote: false,
+                    flushed: true,
+                };
+                (blind, Some(error))
+            }
+        };
+        let again = self.again_at.is_some_and(|at| now >= at);
+        if again {
+            self.again_at = None;
+        }
+        self.flushed |= change.flushed;
+        if change.wrote || (again && self.burst.is_none()) {
+            let quiet_at = now + QUIET * self.times + jitter();
+            match &mut self.burst {
+                Some(burst) => burst.quiet_at = quiet_at,
+                none => {
+                    *none = Some(Burst {
+                        since: now,
+                        quiet_at,
+                    })
+                }
+            }
+        }
+        let uncovered = self.cover().err();
+        self.settle_if_due(now);
+
+        let failed = uncovered.iter().chain(&self.unsettled).any(is_failed_call);
+        let wait = match &unreported {
+            Some(_) => Some(UNREPORTED),
+            None => failed.then_some(self.retry),
+        };
+        self.retry = match failed {
+            true => (self.retry * 2).min(LONGEST_RETRY),
+            false => RETRY,
+        };
+        self.again_at = self.again_at.or(wait.map(|wait| now + wait));
+        let problems = unreported.iter().chain(&uncovered).chain(&self.unsettled);
+        self.told
+            .problems(problems.map(|error| format!("{error:#}")));
+    }
+
+    /// Gives Windows programs a stand-in if they need one.
+    fn cover(&mut self) -> anyhow::Result<()> {
+        let table = Table::open(self.host)?;
+        let Some(deed) = repair::cover(self.host, &table)? else {
+            return Ok(());
+        };
+        self.told.deeds(vec![deed]);
+        match self.settled.is_some_and(|when| when.elapsed() < UNDONE) {
+            true => self.note_undone(),
+            false => self.undone = 0,
+        }
+        Ok(())
+    }
+
+    fn note_undone(&mut self) {
+        self.undone += 1;
+        if self.undone >= UNDONE_IN_A_ROW {
+            self.give_way();
+        }
+    }
+
+    fn settle_if_due(&mut self, now: Instant) {
+        let Some(burst) = self.burst.take() else {
+            return;
+        };
+        if now < self.settle_at(&burst) {
+            self.burst = Some(burst);
             return;
         }
-        if failed {
-            log.error(&message);
-        } else {
-            log.info(&message);
+        // A table that is not there is no longer unsettled.
+        self.unsettled.clear();
+        let table = match Table::open(self.host) {
+            Ok(table) => table,
+            Err(error) => {
+                self.unsettled.push(error);
+                self.unsettled.retain(is_failed_call);
+                return;
+            }
+        };
+        let quiet = now >= burst.quiet_at;
+        if !quiet {
+            self.give_way();
+            self.burst = Some(Burst {
+                since: now,
+                quiet_at: burst.quiet_at,
+            });
         }
-        self.of_late.push((message, Instant::now()));
+        let flush = self.flushed && repair::interop_went(self.host, &table);
+        let settled = repair::settle(self.host, &table, flush, quiet, Some(&mut self.pending));
+        self.unsettled = settled.problems;
+        // Or own rules that went with it would be taken for removed on purpose.
+        self.flushed &= settled.unread;
+        if !settled.unread && !self.pending.is_missing() {
+            let noted = repair::note_interop(self.host, &table);
+            self.unsettled.extend(noted.err());
+        }
+        if self.pending.is_any() {
+            self.again_at = Some(now);
+        }
+        match settled.deeds.is_empty() {
+            // Undone before it was done.
+            false if !self.unsettled.is_empty() => self.note_undone(),
+            false => self.settled = Some(Instant::now()),
+            true if quiet => (self.times, self.undone) = (1, 0),
+            true => {}
+        }
+        self.told.deeds(settled.deeds);
+    }
+}
+
+/// Up to a third of QUIET, by chance.
+fn jitter() -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    QUIET / 3000 * (now.map_or(0, |now| now.subsec_micros()) % 1000)
+}
+
+/// What has been told of late, so that it is not told again and again.
+struct Told<'a> {
+    log: &'a Log,
+    deeds: Vec<(String, Instant)>,
+    problems: Vec<String>,
+}
+
+impl Told<'_> {
+    fn new(log: &Log) -> Told<'_> {
+        Told {
+            log,
+            deeds: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    fn deeds(&mut self, deeds: Vec<String>) {
+        if deeds.is_empty() {
+            return;
+        }
+        let deeds = deeds.join("; ");
+        self.deeds.retain(|(_, when)| when.elapsed() < REPEAT);
+        if !self.deeds.iter().any(|(told, _)| *told == deeds) {
+            self.log.info(&deeds);
+            self.deeds.push((deeds, Instant::now()));
+        }
+    }
+
+    /// Each is told once for as long as it lasts, and to systemd, for `systemctl status`.
+    fn problems(&mut self, problems: impl Iterator<Item = String>) {
+        let mut now: Vec<String> = Vec::new();
+        for problem in problems {
+            if !now.contains(&problem) {
+                now.push(problem);
+            }
+        }
+        if now == self.problems {
+            return;
+        }
+        for problem in now
+            .iter()
+            .filter(|problem| !self.problems.contains(problem))
+        {
+            self.log.error(problem);
+        }
+        let status = now.join("; ").replace('\n', " ");
+        // Only for people to see.
+        let _ = host::notify_systemd(&format!("STATUS={status}"));
+        self.problems = now;
+    }
+
+    fn fight(&self) {
+        self.log.warning(
+            "something changes the table again and again; waiting longer from now on until it is \
+             put in order",
+        );
     }
 }
 
@@ -97,164 +347,102 @@ fn catch_signals() -> nix::Result<SignalFd> {
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)
 }
 
-/// The table's directory, or the list of mounts while there is no table.
-struct Watched {
-    inotify: Inotify,
+/// The kernel's reports: of writes to the table, or of mounts while there is no table.
+#[derive(Default)]
+struct Reports {
+    inotify: Option<Inotify>,
     mounts: Option<File>,
 }
 
-impl Watched {
-    fn start(host: &Host) -> anyhow::Result<Watched> {
-        let flags = InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC;
-        let inotify = Inotify::init(flags).context("starting inotify")?;
-        let mut watched = Watched {
-            inotify,
-            mounts: None,
-        };
-        watched.find(host)?;
-        Ok(watched)
-    }
-
-    /// Watches the table, wherever it may be mounted now.
-    fn find(&mut self, host: &Host) -> anyhow::Result<()> {
-        // Before looking for it: whatever is mounted from now on is reported.
-        let mounts = host.path(MOUNTS);
-        let mounts = File::open(&mounts).with_context(|| format!("opening {mounts}"))?;
-        self.mounts = match Table::open(host) {
-            Ok(_) => {
-                let changes = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MODIFY;
-                let directory = host.path(BINFMT_MISC);
-                self.inotify
-                    .add_watch(directory.as_str(), changes)
-                    .with_context(|| format!("watching {directory}"))?;
-                None
-            }
-            Err(error) if is_failed_call(&error) => return Err(error),
-            Err(_) => Some(mounts),
-        };
-        Ok(())
-    }
-
-    /// Sleeps until something has changed, or until the pause is over; false if it is time to go.
-    fn wait(&self, signals: &SignalFd, pause: Option<Duration>) -> nix::Result<bool> {
+impl Reports {
+    /// Sleeps until something has changed, if `all` are to be waited for, or until that time; false
+    /// if a signal says that it is time to go.
+    fn wait(&self, signals: &SignalFd, until: Option<Instant>, all: bool) -> nix::Result<bool> {
         let signal = PollFd::new(signals.as_fd(), PollFlags::POLLIN);
-        let change = match &self.mounts {
-            Some(mounts) => PollFd::new(mounts.as_fd(), PollFlags::POLLPRI),
-            None => PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
-        };
-        let mut both = [signal, change];
-        let (awaited, timeout) = match pause {
-            None => (2, PollTimeout::NONE),
-            Some(pause) => (1, PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX)),
-        };
+        let mounts = self.mounts.as_ref();
+        let mounts = mounts.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLPRI));
+        let inotify = self.inotify.as_ref();
+        let inotify = inotify.map(|inotify| PollFd::new(inotify.as_fd(), PollFlags::POLLIN));
+        let mut awaited = vec![signal];
+        awaited.extend(mounts.or(inotify).filter(|_| all));
         loop {
-            match poll(both.get_mut(..awaited).unwrap_or_default(), timeout) {
+            let timeout = match until {
+                None => PollTimeout::NONE,
+                // Rounded up, or it would be woken just before the time.
+                Some(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    let left = left + Duration::from_micros(999);
+                    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+                }
+            };
+            match poll(&mut awaited, timeout) {
                 Err(Errno::EINTR) => continue,
                 result => result?,
             };
-            return Ok(!both[0].any().unwrap_or_default());
+            let to_go = awaited.first().and_then(PollFd::any);
+            return Ok(!to_go.unwrap_or_default());
         }
     }
 
-    /// Takes note of all changes so far. What they were does not matter, nor whether some were
-    /// lost in an overflow; but the end of the watch does, which an unmounted table brings.
-    fn follow(&mut self, host: &Host) -> anyhow::Result<()> {
-        let mut ended = self.mounts.is_some();
-        loop {
-            match self.inotify.read_events() {
-                Ok(events) => {
-                    ended |= events
-                        .iter()
-                        .any(|e| e.mask.contains(AddWatchFlags::IN_IGNORED))
-                }
+    /// What has been reported since it was last asked for. Makes sure that all that comes is, if
+    /// the table was not there before or has been unmounted.
+    ///
+    /// # Errors
+    /// Nothing can be reported at present.
+    fn take(&mut self, host: &Host) -> anyhow::Result<Change> {
+        let mut change = Change {
+            wrote: false,
+            flushed: false,
+        };
+        let mut lost = self.inotify.is_none();
+        while let Some(inotify) = &self.inotify {
+            let events = match inotify.read_events() {
+                Ok(events) => events,
+                Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(error).context("reading from inotify"),
+                Err(error) => {
+                    self.inotify = None;
+                    return Err(error).context("reading from inotify");
+                }
+            };
+            for event in events {
+                let overflown = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+                let of_status = event.name.is_some_and(|name| name == "status");
+                change.wrote = true;
+                change.flushed |= overflown || of_status;
+                lost |= event.mask.contains(AddWatchFlags::IN_IGNORED);
             }
         }
-        if ended {
-            self.find(host)?;
+        if lost {
+            self.inotify = None;
+            self.begin(host)?;
+            // What was not reported may have been anything.
+            change.wrote |= self.inotify.is_some();
+            change.flushed = true;
         }
+        Ok(change)
+    }
+
+    /// Has the table's changes reported, wherever it may be mounted now.
+    fn begin(&mut self, host: &Host) -> anyhow::Result<()> {
+        // Before looking for it: whatever is mounted from now on is reported.
+        let mounts = host.path(MOUNTS);
+        self.mounts = Some(File::open(&mounts).with_context(|| format!("opening {mounts}"))?);
+        if let Err(error) = Table::open(host) {
+            return match is_failed_call(&error) {
+                true => Err(error),
+                false => Ok(()),
+            };
+        }
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
+            .context("starting inotify")?;
+        // Not their closing: our own lock is a file of the table.
+        let directory = host.path(BINFMT_MISC);
+        inotify
+            .add_watch(directory.as_str(), AddWatchFlags::IN_MODIFY)
+            .with_context(|| format!("watching {directory} by inotify"))?;
+        self.inotify = Some(inotify);
+        self.mounts = None;
         Ok(())
-    }
-}
-
-/// How long the same is not said again.
-const REPEAT: Duration = Duration::from_secs(60);
-/// How often it mends at once, before it takes what happens for a fight.
-const BURST: f64 = 2000.0;
-/// How often it mends a second from then on.
-// Not a float, whose printing costs 13 kB in the binary.
-const REGAINED: u32 = 10;
-/// How long it waits after a call that failed.
-const RETRY: Duration = Duration::from_millis(100);
-/// How long it lets the other side have its way.
-const PAUSE: Duration = Duration::from_secs(1);
-
-/// What keeps a fight over the entry from costing a processor: a token bucket.
-struct Patience {
-    left: f64,
-    counted: Instant,
-    lost: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Spent {
-    /// There is enough of it.
-    Willingly,
-    /// There is some again, but the fight goes on.
-    Grudgingly,
-    /// There is none left.
-    All,
-}
-
-impl Patience {
-    fn new(now: Instant) -> Patience {
-        Patience {
-            left: BURST,
-            counted: now,
-            lost: false,
-        }
-    }
-
-    fn spend(&mut self, now: Instant) -> Spent {
-        let regained = now.duration_since(self.counted).as_secs_f64() * f64::from(REGAINED);
-        self.counted = now;
-        self.left = (self.left + regained).min(BURST) - 1.0;
-        if self.left < 0.0 {
-            self.left = 0.0;
-            self.lost = true;
-            return Spent::All;
-        }
-        // The fight is over when half of it is back.
-        self.lost &= self.left < BURST / 2.0;
-        if self.lost {
-            Spent::Grudgingly
-        } else {
-            Spent::Willingly
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patience_ends_and_comes_back() {
-        let mut now = Instant::now();
-        let mut patience = Patience::new(now);
-        for _ in 0..2000 {
-            assert_eq!(patience.spend(now), Spent::Willingly);
-        }
-        assert_eq!(patience.spend(now), Spent::All);
-        assert_eq!(patience.spend(now), Spent::All);
-        now += PAUSE;
-        for _ in 0..10 {
-            assert_eq!(patience.spend(now), Spent::Grudgingly);
-        }
-        assert_eq!(patience.spend(now), Spent::All);
-        now += Duration::from_secs(600);
-        assert_eq!(patience.spend(now), Spent::Willingly);
     }
 }

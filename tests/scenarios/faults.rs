@@ -13,11 +13,18 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::Vm;
 
+use crate::stand_in::{alone, served};
 use crate::strace::{self, Fault};
 use crate::verbs::Test;
 
 const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
-const REGISTERED: &str = "/run/wsl-binfmt/registered";
+const STATE: &str = "/run/wsl-binfmt";
+/// What the guard binds over it, and where it binds that first.
+const GUARD_FILE: &str = "/run/wsl-binfmt/status";
+const RECORD: &str = "/run/wsl-binfmt/systemd-binfmt.rules";
+/// A drop-in of the generator's, and the copy that the guard makes.
+const DROP_IN: &str = "/run/systemd/generator.early/systemd-binfmt.service.d/10-wsl-interop.conf";
+const COPY: &str = "/run/systemd/system/systemd-binfmt.service.d/10-wsl-interop.conf";
 /// Where strace writes what a verb does when nothing fails.
 const LOG: &str = "/vm/strace";
 
@@ -38,62 +45,142 @@ pub const FAULTS: &[Test] = &[
         each(vm, &["restore"], &before, |_, _| Ok(()))
     }),
     ("faults: guard", |vm| {
-        let guarded = |vm: &Vm, said: &str| {
-            let mounts = vm.mounts_on(STATUS)?;
-            ensure!(mounts <= 1, "{mounts} mounts");
-            ensure!(said.is_empty() || mounts == 0, "{said}, and a mount");
-            let text = vm.read("status")?;
-            ensure!(text == "enabled\n", "the status file says {text:?}");
-            Ok(())
-        };
         let before = |vm: &Vm| {
-            while vm.mounts_on(STATUS)? > 0 {
-                vm.unmount(STATUS)?;
-            }
-            fs::remove_dir_all("/run/wsl-binfmt").or_else(if_missing)
+            unguarded(vm)?;
+            vm.renew_interop()?;
+            write(DROP_IN, "[Service]\n")
         };
-        each(vm, &["guard"], &before, guarded)
+        each(vm, &["guard"], &before, |vm, said| {
+            guarded(vm, said)?;
+            // What cannot be noted keeps it from nothing else.
+            let of_a_note = ["before", "interop", "wsl.conf", "/run/systemd/system"];
+            let only_a_note = of_a_note.iter().any(|note| said.contains(note));
+            ensure!(!only_a_note || vm.mounts_on(STATUS)? == 1, "no mount");
+            Ok(())
+        })
+    }),
+    ("faults: stopping", |vm| {
+        let before = |vm: &Vm| {
+            unguarded(vm)?;
+            started(vm)?;
+            // As if that had failed, and so was not stopped.
+            Ok(fs::remove_dir(format!("{STATE}/systemd-binfmt"))?)
+        };
+        let verb = ["stopping"];
+        each(vm, &verb, &before, |vm, said| {
+            guarded(vm, said)?;
+            kept(vm)
+        })
     }),
     ("faults: release", |vm| {
+        each(vm, &["release"], &started, |vm, _| kept(vm))
+    }),
+    ("faults: started systemd-binfmt", |vm| {
         let before = |vm: &Vm| {
-            formats(vm)?;
-            ensure!(vm
-                .generator()
-                .args(["release", "--remember"])
-                .status()?
-                .success());
-            // Since then a peer has registered one of the names.
-            vm.write("shared", "-1")?;
-            vm.register(":shared:M::SHARED::/bin/cat:")
+            registered(vm)?;
+            // What an earlier start has left, of which one is no longer in binfmt.d.
+            vm.register(":old:M::OLD::/bin/cat:F")?;
+            let [old, testfmt] = ["old", "testfmt"].map(|name| vm.entry_identity(name));
+            let rule = FORMATS[1];
+            write(
+                RECORD,
+                &format!("{} - :old:\n{} - {rule}\n", old?, testfmt?),
+            )
         };
-        each(vm, &["release"], &before, |vm, _| {
-            ensure!(vm.entry("shared") != "missing", "a peer's entry is gone");
-            Ok(())
+        let verb = ["started", "systemd-binfmt"];
+        each(vm, &verb, &before, |vm, said| {
+            kept(vm)?;
+            ensure!(vm.entry("testfmt") != "missing", "an own entry is gone");
+            recorded(said, &["testfmt", "plain", "shared"], &["old", "testfmt"])
         })
     }),
-    ("faults: release --remember", |vm| {
-        let before = |vm: &Vm| {
-            formats(vm)?;
-            fs::create_dir_all("/run/wsl-binfmt")?;
-            Ok(fs::write(REGISTERED, "1 before\n")?)
-        };
-        each(vm, &["release", "--remember"], &before, |_, said| {
-            let text = fs::read_to_string(REGISTERED)?;
-            let all = text.contains(" shared\n") && text.contains(" testfmt\n");
-            // What could not be read is not in it.
-            let unread = said.contains("binfmt.d") || said.contains("looking at");
-            let known = |line: &str| line.ends_with(" shared") || line.ends_with(" testfmt");
-            let part = unread && text.lines().all(known);
-            ensure!(
-                all || part || text == "1 before\n",
-                "'{said}', and remembered is {text:?}"
-            );
-            Ok(())
-        })
+    (
+        "faults: started systemd-binfmt, with nothing for Windows programs",
+        |vm| {
+            let before = |vm: &Vm| {
+                registered(vm)?;
+                vm.write("WSLInterop", "-1")
+            };
+            let verb = ["started", "systemd-binfmt"];
+            each(vm, &verb, &before, |_, said| {
+                recorded(said, &["testfmt", "plain", "shared"], &[])
+            })
+        },
+    ),
+    ("faults: stopped systemd-binfmt", |vm| {
+        let verb = ["SERVICE_RESULT=success", "stopped", "systemd-binfmt"];
+        each(vm, &verb, &started, |vm, _| kept(vm))
     }),
+    (
+        "faults: stopped systemd-binfmt, after a start that failed",
+        |vm| {
+            let verb = ["SERVICE_RESULT=exit-code", "stopped", "systemd-binfmt"];
+            each(vm, &verb, &registered, |vm, said| {
+                kept(vm)?;
+                ensure!(vm.entry("testfmt") != "missing", "an own entry is gone");
+                recorded(said, &["testfmt", "plain", "shared"], &[])
+            })
+        },
+    ),
     ("faults: restore --watch", watch),
     ("faults: status of a distro without the entry", status),
 ];
+
+fn write(path: &str, text: &str) -> anyhow::Result<()> {
+    let directory = Path::new(path).parent().context("a directory")?;
+    fs::create_dir_all(directory)?;
+    Ok(fs::write(path, text)?)
+}
+
+/// As if no guard had run yet.
+fn unguarded(vm: &Vm) -> anyhow::Result<()> {
+    for path in [STATUS, GUARD_FILE] {
+        while vm.mounts_on(path)? > 0 {
+            vm.unmount(path)?;
+        }
+    }
+    for directory in [STATE, "/run/systemd"] {
+        fs::remove_dir_all(directory).or_else(if_missing)?;
+    }
+    Ok(())
+}
+
+/// The status file is as it was, or nobody can write to it.
+fn guarded(vm: &Vm, said: &str) -> anyhow::Result<()> {
+    let mounts = vm.mounts_on(STATUS)?;
+    ensure!(mounts <= 1, "{mounts} mounts");
+    let text = vm.read("status")?;
+    ensure!(text == "enabled\n", "the status file says {text:?}");
+    let writable = vm.write("status", "1").is_ok();
+    ensure!(writable == (mounts == 0), "{mounts} mounts, {said}");
+    Ok(())
+}
+
+/// What is not this distro's own is still there, and what a peer had before it stands for the peer.
+fn kept(vm: &Vm) -> anyhow::Result<()> {
+    for name in ["WSLInterop", "shared", "plain"] {
+        ensure!(vm.entry(name) != "missing", "{name} is gone");
+    }
+    Ok(())
+}
+
+/// What is written down is what there is to write down, or what was before; or part of that, if
+/// the rest could not be read.
+fn recorded(said: &str, all: &[&str], before: &[&str]) -> anyhow::Result<()> {
+    let text = fs::read_to_string(RECORD).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(String::new()),
+        _ => Err(error),
+    })?;
+    let name = |line: &str| line.split(':').nth(1).unwrap_or_default().to_owned();
+    let names: Vec<String> = text.lines().map(name).collect();
+    let known = |name: &String| all.contains(&&**name) || before.contains(&&**name);
+    let part = says_why(said) && names.iter().all(known);
+    ensure!(
+        names == all || names == before || part,
+        "'{said}', and remembered is {text:?}"
+    );
+    Ok(())
+}
 
 fn if_missing(error: std::io::Error) -> anyhow::Result<()> {
     match error.kind() {
@@ -110,41 +197,74 @@ fn table(rules: &'static [&'static str]) -> impl Fn(&Vm) -> anyhow::Result<()> {
     }
 }
 
-/// What the distro has registered from binfmt.d.
-fn formats(vm: &Vm) -> anyhow::Result<()> {
-    table(FORMATS)(vm)?;
-    fs::create_dir_all("/run/binfmt.d")?;
-    let rules = FORMATS.get(1..).unwrap_or_default().join("\n");
-    Ok(fs::write("/run/binfmt.d/test.conf", rules)?)
+/// What the distro has registered from binfmt.d; of that, a peer had one before, and has replaced
+/// another since.
+fn registered(vm: &Vm) -> anyhow::Result<()> {
+    table(&FORMATS[..1])(vm)?;
+    for path in [RECORD, DROP_IN, COPY] {
+        fs::remove_file(path).or_else(if_missing)?;
+    }
+    write("/run/wsl-binfmt/before", "plain\n")?;
+    // As systemd does when it starts the service.
+    let runtime_directory = format!("{STATE}/systemd-binfmt");
+    fs::remove_dir(&runtime_directory).or_else(if_missing)?;
+    fs::create_dir(&runtime_directory)?;
+    write("/run/binfmt.d/test.conf", &FORMATS[1..].join("\n"))?;
+    FORMATS[1..].iter().try_for_each(|rule| vm.register(rule))
 }
 
+fn started(vm: &Vm) -> anyhow::Result<()> {
+    registered(vm)?;
+    let started = ["started", "systemd-binfmt"];
+    ensure!(vm.generator().args(started).status()?.success());
+    vm.write("shared", "-1")?;
+    vm.register(":shared:M::SHARED::/bin/cat:")
+}
+
+/// Each as the kernel shows it, too.
 const FORMATS: &[&str] = &[
     ":WSLInterop:M::MZ::/init:FP",
-    ":testfmt:M::TESTFMT::/bin/cat:F",
-    ":shared:M::SHARED::/bin/cat:F",
+    r":testfmt:M:0:\x54\x45\x53\x54::/bin/cat:F",
+    r":plain:M:0:\x50\x4c\x41\x49\x4e::/bin/cat:",
+    r":shared:M:0:\x53\x48\x41\x52\x45\x44::/bin/cat:F",
 ];
 
 /// All that a verb may have changed, but for numbers of inodes.
 fn state(vm: &Vm) -> anyhow::Result<String> {
-    let mut lines: Vec<_> = vm
-        .entries_in_order()
+    let names = vm.entries_in_order();
+    let mut lines: Vec<_> = names
         .iter()
         .map(|name| format!("{name}: {}", vm.entry(name)))
         .collect();
-    lines.push(format!(
-        "status: {}, {} mounts",
-        vm.read("status")?.trim(),
-        vm.mounts_on(STATUS)?
-    ));
+    lines.push(format!("status: {}", vm.read("status")?.trim()));
+    for path in [STATUS, GUARD_FILE] {
+        lines.push(format!("{path}: {} mounts", vm.mounts_on(path)?));
+    }
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let over = mounts.lines().filter(|line| line.contains(STATUS));
     lines.extend(over.map(|line| line.split(',').next().unwrap_or_default().to_owned()));
-    if Path::new("/run/wsl-binfmt").exists() {
-        for file in fs::read_dir("/run/wsl-binfmt")? {
-            let path = file?.path();
-            if !path.to_string_lossy().ends_with(".unfinished") {
+    lines.push(format!("a copy: {}", Path::new(COPY).exists()));
+    let inodes: Vec<(String, String)> = names
+        .iter()
+        .map(|name| Ok((vm.entry_identity(name)?.to_string(), name.clone())))
+        .collect::<anyhow::Result<_>>()?;
+    // An inode by the name of its entry.
+    let named = |word: &str| match inodes.iter().find(|(inode, _)| inode == word) {
+        Some((_, name)) => format!("<{name}>"),
+        None if word != "0" && word.parse::<u64>().is_ok() => "<gone>".to_owned(),
+        None => word.to_owned(),
+    };
+    if Path::new(STATE).exists() {
+        let mut files: Vec<_> = fs::read_dir(STATE)?.collect::<Result<_, _>>()?;
+        files.sort_by_key(fs::DirEntry::path);
+        for file in files {
+            let path = file.path();
+            if path.is_file() && !path.to_string_lossy().ends_with(".unfinished") {
                 let text = fs::read_to_string(&path)?;
-                let text = text.replace(|c: char| c.is_ascii_digit(), "");
+                let words = text.split_inclusive([' ', '\n']);
+                let text: String = words
+                    .map(|word| word.replace(word.trim(), &named(word.trim())))
+                    .collect();
                 lines.push(format!("{}: {text}", path.display()));
             }
         }
@@ -161,9 +281,20 @@ fn each(
 ) -> anyhow::Result<()> {
     // The machine's own is seen here otherwise, and by other VMs.
     vm.mount_tmpfs("/run", "1m")?;
+    // The machine's own rules are none of the VM's.
+    for directory in ["/etc/binfmt.d", "/usr/lib/binfmt.d"] {
+        if Path::new(directory).exists() {
+            vm.mount_tmpfs(directory, "1m")?;
+        }
+    }
     let program = || {
         let mut command = vm.generator();
-        command.args(verb);
+        for word in verb {
+            match word.split_once('=') {
+                Some((name, value)) => command.env(name, value),
+                None => command.arg(word),
+            };
+        }
         command
     };
     before(vm)?;
@@ -224,7 +355,8 @@ fn says_why(said: &str) -> bool {
 }
 
 /// Each call that the watcher makes fails, once and from then on, or is its last. It mends the table
-/// all the same, or ends and says why, for systemd to start it again.
+/// all the same, or ends and says why, for systemd to start it again; and once Windows programs
+/// start, they do so until the end.
 fn watch(vm: &Vm) -> anyhow::Result<()> {
     vm.mount_tmpfs("/run", "1m")?;
     let mut program = vm.generator();
@@ -235,41 +367,53 @@ fn watch(vm: &Vm) -> anyhow::Result<()> {
     let watched = Watched::start(strace::traced(&program, &[], Path::new(LOG)))?;
     ensure!(watched.ready, "{}", watched.end()?.1);
     vm.write("status", "-1")?;
-    let healed = within(Duration::from_secs(5), || stands(vm));
+    let healed = within(SETTLED, || alone(vm).is_ok());
     let (status, said) = watched.end()?;
     ensure!(healed && status.success(), "{status}: {said}");
     let faults = strace::faults_of(&fs::read_to_string(LOG)?);
     ensure!(faults.len() > 20);
     let tried = strace::try_all(&faults, [vm], |vm, fault| {
         vm.renew_interop()?;
+        let _ = fs::remove_dir_all(STATE);
         let watched = Watched::start(fault.put_into(&program))?;
         vm.write("status", "-1")?;
-        let over = || stands(vm) || watched.has_ended();
-        let healed = within(Duration::from_secs(3), over);
+        let served = within(SERVED, || served(vm).is_ok() || watched.has_ended());
+        let mut launch = vm.launch();
+        let is_served = served && launch == "starts";
+        let healed = within(SETTLED, || {
+            if is_served && launch == "starts" {
+                launch = vm.launch();
+            }
+            alone(vm).is_ok() || watched.has_ended()
+        });
         let (status, said) = watched.end()?;
         ensure!(!said.contains("panicked"), "{said}");
         ensure!(
-            healed,
+            served && healed,
             "{status}: '{said}', and the table is {:?}",
             vm.entries()
         );
-        if !stands(vm) && !fault.kills {
+        ensure!(
+            !is_served || launch == "starts",
+            "{status}: '{said}', and later: {launch}"
+        );
+        if alone(vm).is_err() && !fault.kills {
             ensure!(status.code() == Some(1), "{status}: {said}");
             ensure!(says_why(&said), "'{said}', and {status}");
         }
         ensure!(vm.generator().arg("restore").status()?.success());
-        ensure!(stands(vm) && vm.entries().len() == 1, "{:?}", vm.entries());
-        Ok(())
+        ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
+        alone(vm)
     });
     eprintln!("{} faults", faults.len());
     tried
 }
 
-fn stands(vm: &Vm) -> bool {
-    vm.entry("WSLInterop") == "enabled, interpreter /init, flags: PF"
-}
+/// How long it may take until Windows programs start again, and until all is in order.
+const SERVED: Duration = Duration::from_secs(3);
+const SETTLED: Duration = Duration::from_secs(8);
 
-fn within(time: Duration, done: impl Fn() -> bool) -> bool {
+fn within(time: Duration, mut done: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while start.elapsed() < time {
         if done() {

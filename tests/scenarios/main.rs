@@ -5,13 +5,17 @@
 mod debian_package;
 mod faults;
 mod generations;
+mod neighbours;
 mod order;
+mod others;
+mod own_rules;
 mod packages;
 mod promises;
 mod races;
 mod release;
 mod security;
 mod soft_spots;
+mod stand_in;
 mod status;
 #[path = "../strace/mod.rs"]
 mod strace;
@@ -19,6 +23,7 @@ mod verbs;
 mod watch;
 
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{bail, ensure, Context};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -48,12 +53,26 @@ const TESTS: &[&[Test]] = &[
     verbs::VERBS,
     order::ORDER,
     watch::WATCH,
+    stand_in::STAND_IN,
+    own_rules::OWN_RULES,
+    others::OTHERS,
     races::RACES,
     security::SECURITY,
     status::STATUS,
     faults::FAULTS,
-    debian_package::DEBIAN_PACKAGE,
+    neighbours::NEIGHBOURS,
 ];
+
+/// Builds the Debian package, which takes a minute, for the first test that needs it.
+fn package_is_built() -> anyhow::Result<()> {
+    static BUILT: Mutex<bool> = Mutex::new(false);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*built {
+        wsl_vm::DebianPackage::built()?;
+        *built = true;
+    }
+    Ok(())
+}
 
 fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static [&'static str])> {
     let of_a_list = |&(scenarios, suites): &(&'static [Scenario], _)| {
@@ -67,7 +86,9 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         [name] => {
-            let test = TESTS.iter().copied().flatten().find(|test| test.0 == name);
+            let with_package = debian_package::DEBIAN_PACKAGE.iter();
+            let mut all = TESTS.iter().copied().flatten().chain(with_package);
+            let test = all.find(|test| test.0 == name);
             test.context("no such test")?.1(vm)
         }
         [name, suite, whose] => {
@@ -125,6 +146,13 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
     }
+    for (name, _) in debian_package::DEBIAN_PACKAGE {
+        let check = |machine: &Machine| {
+            package_is_built()?;
+            machine.in_vm(&[name]).map(drop)
+        };
+        add((*name).to_owned(), Box::new(check));
+    }
     trials
 }
 
@@ -148,7 +176,6 @@ fn main() -> ExitCode {
     }
     let prepared = Machine::prepare(SUITES).and_then(|machine| {
         wsl_vm::download_packages(packages::SUITES)?;
-        wsl_vm::DebianPackage::built()?;
         wsl_vm::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
     });

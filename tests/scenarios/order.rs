@@ -77,7 +77,7 @@ pub const ORDER: &[Test] = &[
         let before = vm.entry_identity("WSLInterop")?;
         vm.register(":off:M::MZ::/bin/echo:")?;
         vm.write("off", "0")?;
-        vm.register(r":pe:M:128:PE\x00\x00::/bin/echo:")?;
+        vm.register(r":pe:M:136:PE\x00\x00::/bin/echo:")?;
         vm.register(":elf:M::ELF::/bin/echo:")?;
         vm.register(":py:E::py::/bin/echo:")?;
         restore(vm)?;
@@ -85,6 +85,21 @@ pub const ORDER: &[Test] = &[
             vm.entry_identity("WSLInterop")? == before,
             "registered anew"
         );
+        Ok(())
+    }),
+    ("what takes only ordinary programs is a rival, too", |vm| {
+        for rule in [
+            r":stub:M:78:This\x20program::/bin/echo:",
+            r":pe:M:128:PE\x00\x00::/bin/echo:",
+            r":dos:M::MZ\x90::/bin/echo:",
+        ] {
+            vm.register(rule)?;
+            let name = rule.split(':').nth(1).unwrap_or_default();
+            ensure!(order(vm) == format!("{name} WSLInterop"), "{}", order(vm));
+            restore(vm)?;
+            ensure!(order(vm) == format!("WSLInterop {name}"), "{}", order(vm));
+            vm.write(name, "-1")?;
+        }
         Ok(())
     }),
     ("names and texts that are not UTF-8 are passed over", |vm| {

@@ -3,6 +3,8 @@
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Vm, WSL_INTEROP};
 
+use crate::stand_in::{alone, within, SOON};
+
 /// A rule of the distro's own, as qemu's are: with `F`.
 pub const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
 
@@ -203,19 +205,28 @@ pub const SCENARIOS: &[Scenario] = &[
         play: |setting| {
             setting.vm.write("WSLInterop", "-1")?;
             let mine = setting.mine().boot()?;
-            let at_boot = setting.entry("WSLInterop");
+            let mut seen = vec![setting.exe("at boot"), setting.settled()];
             setting.vm.write("status", "-1")?;
             mine.run("systemctl restart systemd-binfmt");
-            Ok(vec![at_boot, setting.entry("WSLInterop"), state(&mine)])
+            seen.extend([
+                setting.exe("after restart"),
+                setting.settled(),
+                state(&mine),
+            ]);
+            Ok(seen)
         },
         expect: Expect::Differs {
             stock: &[
+                ".exe at boot: Exec format error",
                 "WSLInterop: missing",
+                ".exe after restart: Exec format error",
                 "WSLInterop: missing",
                 "systemd-binfmt active, system running",
             ],
             ours: &[
+                ".exe at boot: starts",
                 "WSLInterop: enabled, interpreter /init, flags: PF",
+                ".exe after restart: starts",
                 "WSLInterop: enabled, interpreter /init, flags: PF",
                 "systemd-binfmt active, system running",
             ],
@@ -336,11 +347,12 @@ pub const SCENARIOS: &[Scenario] = &[
             stock: &["units that are verified: 0"],
             ours: &[
                 "wsl-binfmt-guard.service: ",
+                "wsl-binfmt-release.service: ",
                 "wsl-interop-restore.service: ",
                 "binfmt-support.service: ",
                 "systemd-binfmt.service: ",
                 "wsl-binfmt.service: ",
-                "units that are verified: 5",
+                "units that are verified: 6",
             ],
         },
     },
@@ -457,5 +469,12 @@ impl Setting<'_> {
 
     pub fn entry(&self, name: &str) -> String {
         format!("{name}: {}", self.vm.entry(name))
+    }
+
+    /// The interop entry, once there has been time for a watcher to come back and to settle it.
+    pub fn settled(&self) -> String {
+        // Where nobody does, that is what is seen.
+        let _ = within(SOON, || alone(self.vm));
+        self.entry("WSLInterop")
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use wsl_vm::{Distro, Generation};
+use wsl_vm::{Distro, Generation, Vm};
 
 use crate::promises::{Expect, Scenario, Setting};
 
@@ -90,10 +90,7 @@ fn on_a_disk(
     more_rules: &str,
 ) -> anyhow::Result<Vec<String>> {
     let vm = setting.vm;
-    let made = vm.as_machine(
-        "cd /vm && truncate -s 256M disk && mkfs.ext4 -q disk && mkdir mine && mount -o loop disk mine",
-    )?;
-    anyhow::ensure!(made.is_empty(), "{made}");
+    put_on_a_disk(vm)?;
     fs::create_dir_all("/vm/mine/upper/usr/bin")?;
     fs::copy("/vm/init", "/vm/mine/upper/usr/bin/qemu-aarch64-static")?;
     let peer = setting.peer().boot()?;
@@ -123,20 +120,27 @@ fn on_a_disk(
         .filter_map(|name| name.split('.').next())
         .collect();
     seen.push(format!("after poweroff: {}", left.join(" ")));
-    seen.push(format!("its disk: {}", disk_afterwards(setting)?));
+    seen.push(format!("its disk: {}", disk_afterwards(vm)?));
     drop::<Distro>(peer);
     Ok(seen)
 }
 
+/// Mounts a disk of its own where the distro `mine` will be laid out.
+pub fn put_on_a_disk(vm: &Vm) -> anyhow::Result<()> {
+    let made = vm.as_machine(
+        "cd /vm && truncate -s 256M disk && mkfs.ext4 -q disk && mkdir mine && mount -o loop disk mine",
+    )?;
+    anyhow::ensure!(made.is_empty(), "{made}");
+    Ok(())
+}
+
 /// The loop device goes by itself when nothing holds the file system any more.
-fn disk_afterwards(setting: &Setting) -> anyhow::Result<String> {
-    let unmounted = setting.vm.as_machine("umount /vm/mine")?;
+pub fn disk_afterwards(vm: &Vm) -> anyhow::Result<String> {
+    let unmounted = vm.as_machine("umount /vm/mine")?;
     anyhow::ensure!(unmounted.is_empty(), "{unmounted}");
     for _ in 0..50 {
-        if setting.vm.as_machine("losetup -j /vm/disk")?.is_empty() {
-            let state = setting
-                .vm
-                .as_machine("dumpe2fs -h /vm/disk 2>/dev/null | grep 'system state'")?;
+        if vm.as_machine("losetup -j /vm/disk")?.is_empty() {
+            let state = vm.as_machine("dumpe2fs -h /vm/disk 2>/dev/null | grep 'system state'")?;
             let clean = state.ends_with(" clean");
             return Ok(if clean {
                 "free, clean".to_owned()

@@ -37,7 +37,7 @@ pub const UNITS: &[Scenario] = &[
                 "wsl-interop-restore.service: at most 0.9",
                 "wsl-binfmt-guard.service: at most 3.5",
                 "systemd-binfmt.service: at most 9.5",
-                "the watcher may write to: /var/tmp /tmp /proc/sys/fs/binfmt_misc",
+                "the watcher may write to: /run/wsl-binfmt /proc/sys/fs/binfmt_misc",
                 "WSLInterop after a wipe: enabled, interpreter /init, flags: PF",
                 "complaints: ",
             ],
@@ -83,6 +83,7 @@ pub const UNITS: &[Scenario] = &[
 
 /// What empties the table when `-1` is written to it.
 const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
+const RECORD: &str = "/run/wsl-binfmt/systemd-binfmt.rules";
 
 fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
     let mine = setting.mine().boot()?;
@@ -100,7 +101,7 @@ fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
     let writable = mine.run(
         "pid=$(systemctl show --property=MainPID --value wsl-interop-restore)
         [ \"$pid\" = 0 ] || nsenter -t \"$pid\" -m -r -w sh -c '
-            for path in / /etc /usr /root /var /var/tmp /run /tmp /dev /dev/shm /sys \
+            for path in / /etc /usr /root /var /var/tmp /run /run/wsl-binfmt /tmp /home /dev /dev/shm /sys \
                 /sys/fs/cgroup /proc/sys /proc/sys/kernel /proc/sys/fs/binfmt_misc; do
                 [ -w $path ] && printf \" %s\" $path
             done'",
@@ -133,11 +134,19 @@ pub const SECURITY: &[Test] = &[
         let mine = vm.distro("mine", "trixie").generator(true).boot()?;
         let modes = mine.run(
             "program=$(readlink -f /usr/bin/wsl-binfmt)
-            stat --format='%a %U %G' \"$program\" /run/wsl-binfmt /run/wsl-binfmt/*
+            stat --format='%a %U %G' \"$program\" /run/wsl-binfmt
+            cd /run && stat --format='%a %U %G %n' wsl-binfmt/*
             python3 -c 'import os, sys; print(os.listxattr(sys.argv[1]))' \"$program\"",
         );
         ensure!(
-            modes == "755 root root\n755 root root\n644 root root\n644 root root\n[]\n",
+            modes
+                == "755 root root\n755 root root\n\
+                644 root root wsl-binfmt/before\n\
+                644 root root wsl-binfmt/interop\n\
+                644 root root wsl-binfmt/status\n\
+                755 root root wsl-binfmt/systemd-binfmt\n\
+                644 root root wsl-binfmt/systemd-binfmt.rules\n\
+                644 root root wsl-binfmt/wsl.conf\n[]\n",
             "{modes}"
         );
         // So that every verb has something to do.
@@ -155,11 +164,13 @@ pub const SECURITY: &[Test] = &[
         );
         // What it did below a directory of its own, it did as nobody.
         let expected = "\
-            restore: 1\nrestore --watch: 1\nguard: 1\nrelease: 1\nrelease --remember: 1\n\
-            generator: 1\n\
+            restore: 1\nrestore --watch: 124\nguard: 1\nrelease: 1\n\
+            started systemd-binfmt: 1\nstopped systemd-binfmt: 1\n\
+            stopping: 1\ngenerator: 1\n\
             in an own root:\n\
-            restore: 1\nrestore --watch: 1\nguard: 1\nrelease: 1\nrelease --remember: 0\n\
-            generator: 0\nnobody\n\
+            restore: 1\nrestore --watch: 124\nguard: 1\nrelease: 1\n\
+            started systemd-binfmt: 1\nstopped systemd-binfmt: 1\n\
+            stopping: 1\ngenerator: 0\nnobody\n\
             set-environment: refused\nmkdir: refused\n";
         ensure!(said == expected, "{said}");
         Ok(())
@@ -167,17 +178,30 @@ pub const SECURITY: &[Test] = &[
     (
         "security: what is written below /run is root's, whatever the umask",
         |vm| {
+            vm.mount_tmpfs("/run", "1m")?;
+            let drop_in = "/run/systemd/generator.early/systemd-binfmt.service.d";
+            fs::create_dir_all(drop_in)?;
+            fs::write(format!("{drop_in}/10-wsl-interop.conf"), "[Service]\n")?;
             let program = vm.generator().get_program().to_string_lossy().into_owned();
             for umask in ["000", "022", "077"] {
                 let script = format!(
-                    "umask {umask}; {program} guard && {program} release --remember &&
-                stat --format='%a %n' /run/wsl-binfmt /run/wsl-binfmt/*
-                umount {STATUS}; rm -r /run/wsl-binfmt"
+                    "umask {umask}; {program} guard && mkdir /run/wsl-binfmt/systemd-binfmt &&
+                {program} started systemd-binfmt && rmdir /run/wsl-binfmt/systemd-binfmt &&
+                find /run -mindepth 1 -path '*/generator.early*' -o -path /run/mount -o -printf '%m %p\\n' | sort -k 2
+                umount {STATUS}; rm -r /run/wsl-binfmt /run/systemd/system/*"
                 );
                 let output = Command::new("sh").args(["-c", &script]).output()?;
                 let modes = String::from_utf8(output.stdout)?;
-                let expected = "755 /run/wsl-binfmt\n\
-                    644 /run/wsl-binfmt/registered\n644 /run/wsl-binfmt/status\n";
+                let expected = "755 /run/systemd\n\
+                    755 /run/systemd/system\n\
+                    755 /run/systemd/system/systemd-binfmt.service.d\n\
+                    644 /run/systemd/system/systemd-binfmt.service.d/10-wsl-interop.conf\n\
+                    755 /run/wsl-binfmt\n\
+                    644 /run/wsl-binfmt/before\n\
+                    644 /run/wsl-binfmt/interop\n\
+                    644 /run/wsl-binfmt/status\n\
+                    644 /run/wsl-binfmt/systemd-binfmt.rules\n\
+                    644 /run/wsl-binfmt/wsl.conf\n";
                 ensure!(modes == expected, "umask {umask}: {modes}");
             }
             // Nor whatever was there.
@@ -212,13 +236,18 @@ pub const SECURITY: &[Test] = &[
             ".",
             "..",
             "a\0b",
+            &"n".repeat(245),
+            &"n".repeat(300),
         ] {
             let inode = vm.entry_identity(name);
             let inode = inode.map_or("x".to_owned(), |inode| inode.to_string());
             for inode in [&inode, "x", "", "-1"] {
                 fs::write(
-                    "/run/wsl-binfmt/registered",
-                    format!("{inode} {name}\n{name}\n \n"),
+                    RECORD,
+                    format!(
+                        "{inode} - :{name}:M::MZ::/init:PF\n{inode} shared |{name}|\n\
+                         {inode} {name}\n{inode} - {name}\n{name}\n \n"
+                    ),
                 )?;
                 let output = vm.generator().arg("release").output()?;
                 ensure!(output.status.success(), "{name}: {output:?}");
@@ -235,10 +264,7 @@ pub const SECURITY: &[Test] = &[
         // It is not blind.
         vm.register(crate::promises::RULE)?;
         let inode = vm.entry_identity("testfmt")?;
-        fs::write(
-            "/run/wsl-binfmt/registered",
-            format!("{inode} ../x\n{inode} testfmt\n"),
-        )?;
+        fs::write(RECORD, format!("{inode} - :../x:\n{inode} - :testfmt:\n"))?;
         ensure!(vm.generator().arg("release").status()?.success());
         ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         Ok(())
@@ -263,7 +289,8 @@ const AS_NOBODY: &str = r#"
     export LD_PRELOAD=/tmp/own/x.so LD_LIBRARY_PATH=/tmp/own RUST_BACKTRACE=full JOURNAL_STREAM=1:1
     export NOTIFY_SOCKET=/run/systemd/notify SERVICE_RESULT=x SYSTEMD_SCOPE=system container=wsl
     all() {
-        for verb in "restore" "restore --watch" "guard" "release" "release --remember"; do
+        for verb in "restore" "restore --watch" "guard" "release" "started systemd-binfmt" \
+            "stopped systemd-binfmt" "stopping"; do
             timeout 5 wsl-binfmt $verb >/dev/null 2>&1
             echo "$verb: $?"
         done
@@ -280,7 +307,7 @@ const AS_NOBODY: &str = r#"
     ln -s /proc/sys/fs/binfmt_misc/* .
     rm status
     echo enabled >status
-    stat --format='%i %n' -L python* >/tmp/own/run/wsl-binfmt/registered
+    stat --format='%i - :%n:' -L python* >/tmp/own/run/wsl-binfmt/systemd-binfmt.rules
     export WSL_BINFMT_ROOT=/tmp/own
     echo "in an own root:"
     all /tmp/own/out

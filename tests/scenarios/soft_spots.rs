@@ -22,10 +22,10 @@ pub const SOFT_SPOTS: &[Scenario] = &[
             let mine = setting.mine().boot()?;
             setting.vm.renew_interop()?;
             setting.vm.write("status", "-1")?;
-            let first = settled(setting);
+            let first = setting.settled();
             mine.run("systemctl kill --signal=KILL wsl-interop-restore");
             setting.vm.write("status", "-1")?;
-            Ok(vec![first, settled(setting), state(&mine)])
+            Ok(vec![first, setting.settled(), state(&mine)])
         },
         expect: Expect::Differs {
             stock: &[MISSING, MISSING, "systemd-binfmt active, system running"],
@@ -95,7 +95,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         play: |setting| {
             let mine = setting.mine().masked("systemd-binfmt.service").boot()?;
             setting.vm.write("status", "-1")?;
-            let seen = settled(setting);
+            let seen = setting.settled();
             setting.vm.renew_interop()?;
             let state = state(&mine);
             mine.poweroff()?;
@@ -329,7 +329,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
                 "printf 'package cli\\ninterpreter /bin/echo\\nmagic MZ\\n' >/usr/share/binfmts/cli; \
                  update-binfmts --import cli",
             );
-            settled(setting);
+            setting.settled();
             seen.extend([setting.exe("after update-binfmts"), setting.entry("cli")]);
             Ok(seen)
         },
@@ -406,13 +406,4 @@ fn ten_of(setting: &Setting, n: u32) -> anyhow::Result<Distro> {
             &format!(":own{n}:M::OWN{n}::/bin/cat:F\n"),
         )
         .boot()
-}
-
-/// The entry, once there has been time to heal it.
-fn settled(setting: &Setting) -> String {
-    let start = Instant::now();
-    while setting.vm.launch() != "starts" && start.elapsed() < Duration::from_secs(1) {
-        thread::sleep(Duration::from_millis(1));
-    }
-    setting.entry("WSLInterop")
 }

@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use serde_json::Value;
@@ -178,9 +180,25 @@ fn examine(distro: &Distro, name: &str, environment: &str) -> anyhow::Result<()>
 /// A distro on which something has been done to bring a state about.
 fn state(name: &str, builder: Builder, done: &str) -> anyhow::Result<()> {
     let distro = builder.boot()?;
+    wait_until_settled(&distro);
     let said = distro.run(&format!("set -e; {done}"));
     ensure!(said.is_empty(), "{done}: {said}");
+    wait_until_settled(&distro);
     examine(&distro, name, SOCKET)
+}
+
+/// The watcher waits until nobody writes to the table. Where it does not run, or may not touch what
+/// it finds, nothing changes.
+fn wait_until_settled(distro: &Distro) {
+    let settled = format!(
+        "cd {TABLE} && test ! -e WSLInterop-next -a ! -e WSLInterop-late && \
+         grep -qs 'flags: PF' WSLInterop && \
+         test \"$(systemctl is-active wsl-interop-restore)\" != activating && echo settled"
+    );
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(1500) && distro.run(&settled) != "settled\n" {
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Without what would mend it at once.
@@ -492,9 +510,11 @@ pub const STATUS: &[Test] = &[
         let text = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'test ! -e /run/x && \
                     update-binfmts --enable'\n";
         let distro = distro(vm, "trixie").binfmt_support().file(drop_in, text);
-        let fail = "systemctl stop binfmt-support; touch /run/x; \
-                    systemctl start binfmt-support 2>/dev/null || true; rm /run/x";
-        state("support-failed", distro, fail)
+        let fail = format!(
+            "systemctl stop binfmt-support; touch /run/x; echo -1 >{TABLE}/python3.13; \
+             systemctl start binfmt-support 2>/dev/null || true; rm /run/x"
+        );
+        state("support-failed", distro, &fail)
     }),
     ("status: our drop-in is overridden", |vm| {
         let drop_in = "/etc/systemd/system/systemd-binfmt.service.d/zz.conf";
@@ -531,9 +551,15 @@ pub const STATUS: &[Test] = &[
         done(vm, "guard-stopped", &stop)
     }),
     ("status: the watcher has failed", |vm| {
-        let kill = "for i in $(seq 20); do systemctl kill -s KILL wsl-interop-restore; sleep .3; \
-                    done; systemctl is-failed --quiet wsl-interop-restore";
-        done(vm, "watcher-failed", kill)
+        // Otherwise it comes back, whatever becomes of it.
+        let drop_in = "/run/systemd/system/wsl-interop-restore.service.d";
+        let kill = format!(
+            "mkdir -p {drop_in}; printf '[Service]\\nRestart=no\\n' >{drop_in}/x.conf; \
+             systemctl daemon-reload; systemctl kill -s KILL wsl-interop-restore; sleep .3; \
+             rm -r {drop_in}; systemctl daemon-reload; \
+             systemctl is-failed --quiet wsl-interop-restore"
+        );
+        done(vm, "watcher-failed", &kill)
     }),
     ("status: the watcher is changed", |vm| {
         let drop_in = "/etc/systemd/system/wsl-interop-restore.service.d/nice.conf";
@@ -747,7 +773,8 @@ pub const STATUS: &[Test] = &[
         let ways = [
             // Somebody masks all that has to do with it, and restarts.
             "ln -s /dev/null /etc/systemd/system-generators/wsl-binfmt-generator; \
-             systemctl stop wsl-interop-restore wsl-binfmt-guard; systemctl daemon-reload; \
+             systemctl stop wsl-interop-restore wsl-binfmt-guard; \
+             rm -r /run/systemd/system/*.service.d; systemctl daemon-reload; \
              umount /proc/sys/fs/binfmt_misc/status; systemctl restart systemd-binfmt",
             // Switches the entry off.
             "echo 0 >/proc/sys/fs/binfmt_misc/WSLInterop",
@@ -760,10 +787,6 @@ pub const STATUS: &[Test] = &[
             // Installs Mono while nobody watches.
             "systemctl stop wsl-interop-restore; \
              echo :cli:M::MZ::/bin/cat: >/proc/sys/fs/binfmt_misc/register",
-            // Switches protection off, and runs what he has found.
-            "printf '[boot]\nprotectBinfmt=false\n' >/etc/wsl.conf; systemctl daemon-reload; \
-             systemctl stop wsl-interop-restore; umount /proc/sys/fs/binfmt_misc/status; \
-             systemctl restart systemd-binfmt; rm /etc/wsl.conf",
         ];
         for way in ways {
             distro.run(&format!("mkdir -p /etc/systemd/system-generators; {way}"));
@@ -791,6 +814,8 @@ pub const STATUS: &[Test] = &[
     // Whatever it finds, it is over soon.
     ("status: the table's place is a dead automount", |vm| {
         let distro = distro(vm, "trixie").boot()?;
+        // Whoever is in there already keeps it from being unmounted.
+        thread::sleep(Duration::from_secs(1));
         distro.dead_automount(vm, TABLE)?;
         in_50_ms(&distro)?;
         examine(&distro, "dead-automount", SOCKET)

@@ -24,7 +24,14 @@ pub const VERBS: &[Test] = &[
     }),
     ("restore registers a missing entry", |vm| {
         vm.write("WSLInterop", "-1")?;
-        expect(vm, &["restore"], 0, "WSLInterop was missing, registered it")?;
+        expect(
+            vm,
+            &["restore"],
+            0,
+            "WSLInterop was missing, registered it\n\
+             wsl-binfmt-generator: removed WSLInterop-next, which WSLInterop makes superfluous",
+        )?;
+        ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         let entry = vm.entry("WSLInterop");
         ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
         ensure!(vm.launch() == "starts", "{}", vm.launch());
@@ -116,30 +123,50 @@ pub const VERBS: &[Test] = &[
         ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
         Ok(())
     }),
-    ("guard undoes its first step if the second fails", |vm| {
+    ("guard undoes its first steps if one fails", |vm| {
         let mounts = vm.mounts_on("/proc/sys/fs/binfmt_misc/status")?;
         ensure!(mounts == 0, "{mounts} mounts before");
-        // The second mount(2) of the program is the one that makes the first read-only.
+        // The second mount(2) of the program is the one that makes its file read-only, the third
+        // binds that over the table's.
         expect_of(
             vm.generator_under_strace("inject=mount:error=EPERM:when=2")
                 .arg("guard"),
             1,
-            "making /proc/sys/fs/binfmt_misc/status read-only: EPERM: Operation not permitted",
+            "making /run/wsl-binfmt/status read-only: EPERM: Operation not permitted",
         )?;
-        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 0);
+        expect_of(
+            vm.generator_under_strace("inject=mount:error=EPERM:when=3")
+                .arg("guard"),
+            1,
+            "binding /run/wsl-binfmt/status over /proc/sys/fs/binfmt_misc/status: \
+             EPERM: Operation not permitted",
+        )?;
+        for path in ["/proc/sys/fs/binfmt_misc/status", "/run/wsl-binfmt/status"] {
+            ensure!(vm.mounts_on(path)? == 0, "{path}");
+        }
         vm.write("status", "-1")?;
         ensure!(vm.entries().is_empty(), "{:?}", vm.entries());
         Ok(())
     }),
-    ("guard says that binfmt_misc is not mounted", |vm| {
-        vm.unmount("/proc/sys/fs/binfmt_misc")?;
-        expect(
-            vm,
-            &["guard"],
-            1,
-            "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc",
-        )
-    }),
+    (
+        "guard says that binfmt_misc is not mounted, and guards it later",
+        |vm| {
+            vm.unmount("/proc/sys/fs/binfmt_misc")?;
+            expect(
+                vm,
+                &["guard"],
+                0,
+                "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc; \
+             guarding it when this distro stops",
+            )?;
+            // As it then is.
+            vm.mount_table("/proc/sys/fs/binfmt_misc")?;
+            expect(vm, &["stopping"], 0, "")?;
+            ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
+            ensure!(vm.write("status", "-1").is_err(), "the table was emptied");
+            Ok(())
+        },
+    ),
     ("a full disk leaves no half of a file", |vm| {
         let generate = |early: &str| vm.generator().arg(early).env("container", "wsl").output();
         fs::create_dir("/vm/whole")?;

@@ -1,7 +1,7 @@
 //! A distro in the VM: Debian's own systemd as PID 1 of its own namespaces, on the VM's table.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -42,6 +42,7 @@ pub struct Builder<'vm> {
     generator: bool,
     masked: Vec<String>,
     files: Vec<(String, String)>,
+    programs: Vec<(String, String)>,
 }
 
 impl<'vm> Builder<'vm> {
@@ -58,6 +59,7 @@ impl<'vm> Builder<'vm> {
             generator: false,
             masked: vec!["binfmt-support.service".to_owned()],
             files: Vec::new(),
+            programs: Vec::new(),
         }
     }
 
@@ -89,6 +91,12 @@ impl<'vm> Builder<'vm> {
     /// With a file of these contents.
     pub fn file(mut self, path: &str, text: &str) -> Self {
         self.files.push((path.to_owned(), text.to_owned()));
+        self
+    }
+
+    /// With a static program that prints this word and what it was called with.
+    pub fn program(mut self, path: &str, word: &str) -> Self {
+        self.programs.push((path.to_owned(), word.to_owned()));
         self
     }
 
@@ -187,6 +195,12 @@ impl<'vm> Builder<'vm> {
         }
         for (path, text) in &self.files {
             fs::write(inside(path)?, text)?;
+        }
+        for (path, word) in &self.programs {
+            let program = inside(path)?;
+            fs::copy("/vm/init", &program)?;
+            let mut file = fs::OpenOptions::new().append(true).open(&program)?;
+            write!(file, "\nNAME {word}")?;
         }
         if self.generator {
             // Debian 11 has a /lib of its own, and there its systemd looks.
@@ -320,6 +334,11 @@ impl Distro {
             thread::sleep(Duration::from_millis(10));
         }
         Ok(())
+    }
+
+    /// Kills all that runs in it, as WSL does if that takes too long.
+    pub fn kill(self) {
+        drop(self);
     }
 }
 

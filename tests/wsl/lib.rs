@@ -9,6 +9,7 @@
 //! - `stages.rs`: what a distro's first processes do before systemd runs
 //! - `generation.rs`: what WSL itself does for interop, by its version
 //! - `life.rs`: a distro's life under one of these, played and put into words
+//! - `neighbours.rs`: a distro's life beside one that has rules of the same names
 //! - `packages.rs`: real packages to install in a distro, as files
 //! - `debian_package.rs`: this project's Debian package, to be installed in a distro
 //! - `chroot.rs`: a Debian tree to measure programs in
@@ -27,6 +28,7 @@ mod distro;
 mod generation;
 pub mod life;
 mod machine;
+pub mod neighbours;
 mod packages;
 mod stages;
 mod vm;
@@ -102,6 +104,7 @@ fn mount(what: &str, on: &str, kind: &str, options: &str) -> anyhow::Result<()> 
         "bind" => MsFlags::MS_BIND,
         "rbind" => MsFlags::MS_BIND | MsFlags::MS_REC,
         "read-only" => MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+        "shared" => MsFlags::MS_SHARED,
         "rprivate" => MsFlags::MS_PRIVATE | MsFlags::MS_REC,
         _ => MsFlags::empty(),
     };

@@ -18,7 +18,7 @@ use super::{debian, project, VM_STAGE};
 const DISTRO: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
 
 /// Longer than this no scenario takes.
-const VM_TIMEOUT: Duration = Duration::from_secs(300);
+const VM_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// The machine that VMs are started on, with everything that they need in place.
 pub struct Machine {

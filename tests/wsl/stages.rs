@@ -60,6 +60,10 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     for path in ["/run", "/dev"] {
         mount("tmpfs", &inside(path), "tmpfs", "mode=755")?;
     }
+    // So that what is mounted below is seen in a second mount namespace of the distro, too.
+    for path in ["/proc", "/run"] {
+        mount("none", &inside(path), "shared", "")?;
+    }
     for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
         let node = inside(&format!("/dev/{device}"));
         fs::write(&node, "")?;

@@ -110,7 +110,7 @@ fn stale(host: &Host, wanted: &Wanted, plan: &Plan, generator: &Utf8Path) -> Opt
     let exe = exe.unwrap_or_else(|_| generator.to_owned());
     let differs = |output: &&Output| match output {
         Output::File { path, template } => {
-            let text = units::fill(template, &exe, plan.interop);
+            let text = units::fill(template, &exe);
             host.text(&format!("{EARLY}/{path}")) != text
         }
         Output::Link { path, target, .. } => {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::report::{word, Finding, Harm, Mend};
 use crate::binfmt_d::{self, Rule};
 use crate::host::{Host, BINFMT_D, INIT, LOCAL_UNITS, VENDOR_UNITS, WSL_CONF};
-use crate::verbs::restore::{LATE, NAME};
+use crate::interop::{LATE, NAME};
 
 const CHECK: &str = "leftovers";
 

@@ -191,7 +191,12 @@ fn skipped(
         let condition = suspects.find(|c| lines.contains(&c.text.as_str()))?;
         Some((path.clone(), condition))
     };
-    let Some((path, condition)) = unit.drop_in_paths.iter().find_map(in_drop_in) else {
+    // Our own is for where there is no table, which would have been seen before.
+    let mut others = unit
+        .drop_in_paths
+        .iter()
+        .filter(|path| !is_named_as_ours(path));
+    let Some((path, condition)) = others.find_map(in_drop_in) else {
         return Finding::note(check, format!("{by}; {registered}"));
     };
     let place = match known {
@@ -264,8 +269,7 @@ fn drop_in(
         let mut lines = text.lines();
         lines.any(takes_back)
     };
-    let ours_by_name = |path: &&String| path.ends_with(&format!("/{DROP_IN}"));
-    let (found, mend) = if let Some(path) = others().find(ours_by_name) {
+    let (found, mend) = if let Some(path) = others().find(|path| is_named_as_ours(path)) {
         (
             format!("our drop-in {DROP_IN} is overridden by {path}"),
             Mend::AsRoot(format!("{} && {reload}", put_aside(host, path))),
@@ -282,6 +286,10 @@ fn drop_in(
         )
     };
     Some(wanted.protection(check, Harm::Degraded, found, mend))
+}
+
+fn is_named_as_ours(path: &str) -> bool {
+    path.ends_with(&format!("/{DROP_IN}"))
 }
 
 /// Takes away what is in the place of ours: a link for good, a file so that it can be looked at.
@@ -332,8 +340,13 @@ fn ours(
             let found = format!("{name} is active{changed}, but its files have changed since");
             Finding::note(check, found).mended_by(Mend::AsRoot(reload.to_owned()))
         }
+        "active" if !unit.status_text.is_empty() => {
+            let found = format!("{name} is active{changed}, but says: {}", unit.status_text);
+            Finding::note(check, found)
+        }
         "active" if changed.is_empty() => Finding::good(check, format!("{name} is active")),
         "active" => Finding::note(check, format!("{name} is active{changed}")),
+        "activating" => Finding::note(check, format!("{name} is being started{changed}")),
         "failed" => fault(
             format!("{name} has failed ({}){changed}", unit.result),
             format!("systemctl reset-failed {name} && {start}"),

@@ -13,17 +13,14 @@ use nix::unistd::fexecve;
 use super::report::{word, Finding, Harm, Mend};
 use super::Wanted;
 use crate::host::{Host, BINFMT_MISC, GUARD_FILE, INIT};
+use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::mounts;
-use crate::registry::{Claim, Entry, Pattern, Table};
-use crate::verbs::restore::{self, Others, LATE, NAME};
+use crate::registry::{Claim, Entry, Listed, Pattern, Table};
 
 /// The type of the file system.
 const KIND: &str = "binfmt_misc";
 /// What WSL 2.8.9 and later bind over the status file before systemd starts.
 const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
-/// How nearly all Windows programs begin.
-const PROGRAM: &[u8] = b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0";
-
 /// Looks at all of it.
 pub fn check(host: &Host, wanted: &Wanted) -> Vec<Finding> {
     let Ok(mounts) = host.mount_info() else {
@@ -144,11 +141,11 @@ fn not_mounted(host: &Host, mounts: &str) -> Finding {
 /// What there is to be seen of the table.
 struct Seen {
     /// The entries that have to do with Windows programs, newest first as the kernel tries them.
-    claiming: Vec<(String, Entry)>,
+    claiming: Vec<Listed>,
     /// The first of them that takes a Windows program, if the table is used at all.
-    first: Option<(String, Entry)>,
-    /// What `restore` would move.
-    others: Others,
+    first: Option<Listed>,
+    /// Those that are to come before WSL's and do not.
+    misplaced: Vec<String>,
     /// What the status file says, of the table or of what covers it.
     state: String,
     /// What is mounted on the status file.
@@ -157,13 +154,12 @@ struct Seen {
 
 impl Seen {
     fn of(host: &Host, table: &Table, mounts: &str) -> anyhow::Result<Seen> {
-        let entries = table.entries()?;
-        let takes = |(_, entry): &&(String, Entry)| entry.takes("exe", PROGRAM);
-        let first = entries.iter().find(takes).cloned();
-        let mut claiming = entries.clone();
-        claiming.retain(|(name, entry)| {
-            entry.claim() != Claim::None || name == NAME || entry.takes("exe", PROGRAM)
-        });
+        let mut claiming = table.entries()?;
+        let takes = |listed: &&Listed| listed.entry.takes_windows_programs();
+        let first = claiming.iter().find(takes).cloned();
+        let misplaced = interop::misplaced(&claiming).into_iter();
+        let misplaced = misplaced.map(|listed| listed.name.clone()).collect();
+        claiming.retain(|listed| listed.entry.claim() != Claim::None || listed.name == NAME);
         let directory = host.path(BINFMT_MISC);
         let status = directory.join("status");
         let cover = mounts::on(mounts, directory.as_str())
@@ -173,15 +169,14 @@ impl Seen {
         Ok(Seen {
             claiming,
             first,
-            others: Others::among(entries, host),
+            misplaced,
             state: host.text(&format!("{BINFMT_MISC}/status")),
             cover: cover.map(|mount| mount.root.to_owned()),
         })
     }
 
     fn entry(&self, name: &str) -> Option<&Entry> {
-        let (_, entry) = self.claiming.iter().find(|(own, _)| own == name)?;
-        Some(entry)
+        interop::find(&self.claiming, name)
     }
 }
 
@@ -189,10 +184,9 @@ impl Seen {
 /// there is an entry to be used.
 fn enabled(host: &Host, wanted: &Wanted, seen: &Seen, probe: &Probe) -> Finding {
     let covered = seen.cover.is_some();
-    let takes_any = |(_, entry): &(String, Entry)| {
-        let by_magic = matches!(entry.pattern, Pattern::Magic { .. });
-        entry.enabled && by_magic && entry.claim() == Claim::Equal
-    };
+    // What the kernel is asked with has no more of a program than its first two bytes.
+    let takes_any =
+        |listed: &Listed| listed.entry.enabled && listed.entry.pattern == interop::wanted().pattern;
     let contradicted = *probe == Probe::Refused && seen.claiming.iter().any(takes_any);
     let disabled = contradicted || (!covered && seen.state.trim() == "disabled");
     if !disabled {
@@ -228,23 +222,26 @@ fn entry(host: &Host, wanted: &Wanted, seen: &Seen) -> Vec<Finding> {
         Mend::AsRoot(format!("echo {value} >{path} && {command} restore"))
     };
     let fault = |harm, found, mend| wanted.interop("entry", harm, found, mend);
-    let late = seen.entry(LATE).filter(|late| late.interpreter == INIT);
+    let stands_in = |name: &str| seen.entry(name).filter(|entry| entry.interpreter == INIT);
+    let other = [LATE, STAND_IN]
+        .into_iter()
+        .find_map(|name| Some((name, stands_in(name)?)));
     let first = match seen.entry(NAME) {
         None => {
             // WSL before 2.6.2 has only the other one, and that will do, mostly.
-            let harm = match late.is_some_and(|late| late.enabled) {
+            let harm = match other.is_some_and(|(_, other)| other.enabled) {
                 true => Harm::Degraded,
                 false => Harm::Broken,
             };
             fault(harm, format!("{NAME} is missing"), restore(host))
         }
-        Some(entry) => match restore::fault(entry) {
+        Some(entry) => match interop::fault(entry) {
             Some(found) => {
                 let enabled = Entry {
                     enabled: true,
                     ..entry.clone()
                 };
-                let mend = match restore::fault(&enabled) {
+                let mend = match interop::fault(&enabled) {
                     None => again("1"),
                     Some(_) => again("-1"),
                 };
@@ -254,12 +251,12 @@ fn entry(host: &Host, wanted: &Wanted, seen: &Seen) -> Vec<Finding> {
         },
     };
     let mut findings = vec![first];
-    if let Some(late) = late {
+    if let Some((name, other)) = other {
         let place = match seen.entry(NAME) {
             Some(_) => "doubles it",
             None => "stands in for it",
         };
-        let found = format!("{LATE} {place}: {INIT}, flags {}", late.flags);
+        let found = format!("{name} {place}: {INIT}, flags {}", other.flags);
         findings.push(fault(Harm::Degraded, found, restore(host)));
     }
     findings
@@ -268,7 +265,10 @@ fn entry(host: &Host, wanted: &Wanted, seen: &Seen) -> Vec<Finding> {
 fn flags(host: &Host, wanted: &Wanted, entry: &Entry) -> Finding {
     let flags = &entry.flags;
     let needed = [
-        ('P', "programs do not learn how they were called"),
+        (
+            'P',
+            "programs without arguments do not start, and others do not learn their name",
+        ),
         ('F', "it does not work in containers"),
     ];
     let lost: Vec<_> = needed
@@ -311,20 +311,12 @@ fn launch(
         }
         (None, Probe::Unknown) => Finding::unknown("launch", "the kernel cannot be asked"),
         (Some(None), _) => broken(".exe files go to nobody".to_owned(), restore(host)),
-        (Some(Some((name, entry))), _) if entry.interpreter == INIT => {
+        (Some(Some(Listed { name, entry, .. })), _) if entry.interpreter == INIT => {
             Finding::good("launch", format!(".exe files go to {name} ({INIT})"))
         }
-        (Some(Some((name, entry))), _) => {
+        (Some(Some(Listed { name, entry, .. })), _) => {
             let found = format!(".exe files go to {name} ({})", entry.interpreter);
-            let mend = match entry.claim() {
-                Claim::Equal => restore(host),
-                // One that is for fewer files comes first by right.
-                _ => Mend::AsRoot(format!(
-                    "echo -1 >{}",
-                    word(host.path(BINFMT_MISC).join(name))
-                )),
-            };
-            broken(found, mend)
+            broken(found, restore(host))
         }
     }
 }
@@ -333,11 +325,11 @@ fn launch(
 fn claims(host: &Host, seen: &Seen) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut ahead = true;
-    for (name, entry) in &seen.claiming {
+    for Listed { name, entry, .. } in &seen.claiming {
         if name == NAME {
             ahead = false;
         }
-        if name == NAME || (name == LATE && entry.interpreter == INIT) {
+        if interop::is_reserved(name) && (name == NAME || entry.interpreter == INIT) {
             continue;
         }
         let what = match &entry.pattern {
@@ -356,8 +348,7 @@ fn claims(host: &Host, seen: &Seen) -> Vec<Finding> {
             (true, false) => "tried after WSLInterop",
         };
         let found = format!("{name} ({}) is for {what}; {place}", entry.interpreter);
-        let shadowed = seen.others.shadowed.iter().any(|(own, _)| own == name);
-        findings.push(match shadowed && seen.entry(NAME).is_some() {
+        findings.push(match seen.misplaced.contains(name) {
             true => {
                 let found = format!("{found}, which takes these, too");
                 Finding::bad("claims", Harm::Degraded, found, restore(host))
@@ -390,8 +381,17 @@ fn status_file(host: &Host, wanted: &Wanted, seen: &Seen) -> Finding {
         let mend = among_mounts(host, format!("umount {status} && {}", guard(host)));
         return wanted.protection("status-file", Harm::Degraded, found, mend);
     }
-    match known.is_some() {
-        true => Finding::good("status-file", found),
-        false => Finding::note("status-file", found),
+    match known {
+        // Nothing here writes to it.
+        Some(GUARD_FILE) if !["enabled", "disabled"].contains(&seen.state.trim()) => {
+            let found = format!(
+                "{found}, to which somebody has written {:?}",
+                seen.state.trim()
+            );
+            let mend = among_mounts(host, format!("umount {status} && {}", guard(host)));
+            wanted.protection("status-file", Harm::Degraded, found, mend)
+        }
+        Some(_) => Finding::good("status-file", found),
+        None => Finding::note("status-file", found),
     }
 }

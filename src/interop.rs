@@ -1,0 +1,229 @@
+//! The entry by which Windows programs start, and what stands in its way: judged by the entries of
+//! the table alone.
+
+use crate::host::INIT;
+use crate::registry::{is_name, Claim, Entry, Listed, Pattern};
+
+/// The entry's name, which other tools look for, too.
+pub const NAME: &str = "WSLInterop";
+/// Stands in for it whenever nobody else hands Windows programs to /init. No other program
+/// registers this name, so nobody's registration fails because of it.
+pub const STAND_IN: &str = "WSLInterop-next";
+/// Prefix of what stands in for another entry while that is registered anew.
+const STAND_IN_OF: &str = "WSLInterop-next-";
+/// What WSL before 2.6.2 registers beside it.
+pub const LATE: &str = "WSLInterop-late";
+
+/// The entry as WSL registers it for the VM. `P`: /init needs the program as it was called; `F`:
+/// it works in chroots and containers, too.
+pub fn wanted() -> Entry {
+    Entry {
+        enabled: true,
+        interpreter: INIT.to_owned(),
+        flags: "PF".to_owned(),
+        pattern: Pattern::Magic {
+            offset: 0,
+            magic: b"MZ".to_vec(),
+            mask: None,
+        },
+    }
+}
+
+/// Whether a name is for Windows interop, and so nobody's rule of his own.
+pub fn is_reserved(name: &str) -> bool {
+    [NAME, LATE, STAND_IN].contains(&name) || name.starts_with(STAND_IN_OF)
+}
+
+/// What stands in for the entry of that name.
+pub fn stand_in_of(name: &str) -> String {
+    format!("{STAND_IN_OF}{name}")
+}
+
+/// What somebody has made of our entry, in words, if it is not ours to touch.
+pub fn fault(entry: &Entry) -> Option<String> {
+    let wanted = wanted();
+    if entry.interpreter != wanted.interpreter {
+        Some(format!("runs {}, not {INIT}", entry.interpreter))
+    } else if entry.pattern != wanted.pattern {
+        Some("is not for the magic MZ".to_owned())
+    } else if !entry.enabled {
+        Some("is disabled".to_owned())
+    } else {
+        None
+    }
+}
+
+/// Whether an entry has the flags that it needs. `O` and `C` are nothing to /init.
+pub fn has_flags(entry: &Entry) -> bool {
+    wanted()
+        .flags
+        .chars()
+        .all(|flag| entry.flags.contains(flag))
+}
+
+/// The entry of that name.
+pub fn find<'a>(entries: &'a [Listed], name: &str) -> Option<&'a Entry> {
+    let listed = entries.iter().find(|listed| listed.name == name)?;
+    Some(&listed.entry)
+}
+
+/// The first that takes Windows programs, and so gets them.
+pub fn first(entries: &[Listed]) -> Option<&Listed> {
+    let takes = |listed: &&Listed| listed.entry.enabled && claims(listed);
+    entries.iter().find(takes)
+}
+
+fn claims(listed: &Listed) -> bool {
+    listed.entry.claim() == Claim::Ordinary
+}
+
+/// Whether Windows programs go to nobody, or to somebody else, though nobody has made our entry
+/// something else on purpose.
+pub fn needs_stand_in(entries: &[Listed]) -> bool {
+    let untouched = find(entries, NAME).is_none_or(|entry| fault(entry).is_none());
+    untouched && first(entries).is_none_or(|first| first.entry.interpreter != INIT)
+}
+
+/// The names of those that take Windows programs and are tried before ours.
+pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
+    let ahead = entries.iter().take_while(|listed| listed.name != NAME);
+    let rivals = ahead.filter(|listed| {
+        let of_wsl = is_reserved(&listed.name) && listed.entry.interpreter == INIT;
+        listed.entry.enabled && claims(listed) && !of_wsl
+    });
+    rivals.map(|listed| listed.name.clone()).collect()
+}
+
+/// Those with a longer magic that are tried after ours, and never, the last first: so they keep
+/// their order when each is put ahead.
+pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
+    let behind = entries.iter().skip_while(|listed| listed.name != NAME);
+    let longer = behind.filter(|listed| {
+        listed.entry.enabled
+            && listed.entry.claim() == Claim::Longer
+            && !listed.name.starts_with(STAND_IN_OF)
+    });
+    let mut longer: Vec<_> = longer.collect();
+    longer.reverse();
+    longer
+}
+
+/// What was left by somebody who was stopped while putting such a one ahead, and the names of those
+/// for which it stands in.
+pub fn unfinished(entries: &[Listed]) -> Vec<(&str, &Listed)> {
+    entries
+        .iter()
+        .filter_map(|listed| {
+            let name = listed.name.strip_prefix(STAND_IN_OF)?;
+            let longer = listed.entry.enabled && listed.entry.claim() == Claim::Longer;
+            (longer && is_name(name)).then_some((name, listed))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(interpreter: &str, magic: &[u8]) -> Entry {
+        Entry {
+            interpreter: interpreter.to_owned(),
+            flags: String::new(),
+            pattern: Pattern::Magic {
+                offset: 0,
+                magic: magic.to_owned(),
+                mask: None,
+            },
+            ..wanted()
+        }
+    }
+
+    fn listed(entries: &[(&str, Entry)]) -> Vec<Listed> {
+        let listed = |(name, entry): &(&str, Entry)| Listed {
+            name: (*name).to_owned(),
+            inode: 1,
+            entry: entry.clone(),
+        };
+        entries.iter().map(listed).collect()
+    }
+
+    #[test]
+    fn only_wsls_own_entry_in_use_is_ours_to_touch() {
+        let ours = |change: fn(&mut Entry)| {
+            let mut entry = wanted();
+            change(&mut entry);
+            fault(&entry).is_none()
+        };
+        assert!(ours(|_| {}));
+        assert!(ours(|e| e.flags = "P".to_owned()));
+        assert!(!ours(|e| e.enabled = false));
+        assert!(!ours(|e| e.interpreter = "/usr/bin/wine".to_owned()));
+        assert!(!ours(|e| e.pattern = Pattern::Extension("exe".to_owned())));
+    }
+
+    #[test]
+    fn both_flags_are_needed_and_others_do_no_harm() {
+        for (flags, enough) in [("PF", true), ("POCF", true), ("P", false), ("F", false)] {
+            let entry = Entry {
+                flags: flags.to_owned(),
+                ..wanted()
+            };
+            assert_eq!(has_flags(&entry), enough, "{flags}");
+        }
+    }
+
+    #[test]
+    fn a_stand_in_is_needed_where_windows_programs_go_astray() {
+        let disabled = Entry {
+            enabled: false,
+            ..wanted()
+        };
+        let (wine, ape) = (entry("/wine", b"MZ"), entry("/ape", b"MZqFpD"));
+        for (entries, needed) in [
+            (&[][..], true),
+            (&[(NAME, wanted())], false),
+            (&[(STAND_IN, wanted())], false),
+            (&[(LATE, wanted())], false),
+            (&[("wine", wine.clone()), (NAME, wanted())], true),
+            (&[(NAME, wanted()), ("wine", wine.clone())], false),
+            (&[("ape", ape), (NAME, wanted())], false),
+            (&[(NAME, disabled)], false),
+            (&[(NAME, wine)], false),
+        ] {
+            assert_eq!(needs_stand_in(&listed(entries)), needed, "{entries:?}");
+        }
+    }
+
+    #[test]
+    fn those_in_the_wrong_place_are_found_on_either_side() {
+        let ape = entry("/ape", b"MZqFpD");
+        let entries = listed(&[
+            ("mine", entry("/wine", b"MZ\x90")),
+            ("ahead", ape.clone()),
+            (LATE, wanted()),
+            (NAME, wanted()),
+            ("newer", ape.clone()),
+            ("behind", entry("/wine", b"MZ")),
+            ("older", ape),
+        ]);
+        assert_eq!(rivals_ahead(&entries), ["mine"]);
+        let names: Vec<_> = misplaced(&entries).iter().map(|l| &l.name).collect();
+        assert_eq!(names, ["older", "newer"]);
+    }
+
+    #[test]
+    fn only_what_stands_in_for_a_longer_magic_is_taken_for_unfinished() {
+        let ape = entry("/ape", b"MZqFpD");
+        let entries = listed(&[
+            ("WSLInterop-next-", ape.clone()),
+            ("WSLInterop-next-status", ape.clone()),
+            ("WSLInterop-next-a", ape.clone()),
+            ("WSLInterop-next-b", entry("/wine", b"MZ")),
+            (NAME, wanted()),
+        ]);
+        let found = unfinished(&entries);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].0, "a");
+        assert_eq!(rivals_ahead(&entries), ["WSLInterop-next-b"]);
+    }
+}

@@ -1,0 +1,264 @@
+//! Makes Windows programs go to /init, and own rules stand: at once by a stand-in that is in nobody's
+//! way, and for good by `settle`. Nobody's launch fails in between, for at no instant is there none.
+
+use anyhow::{bail, Context, Error};
+
+use crate::host::{Host, INIT, INTEROP};
+use crate::interop::{self, LATE, NAME, STAND_IN};
+use crate::own::{Missing, Record};
+use crate::registry::{Listed, Table};
+
+/// Has a stand-in take Windows programs if they go to nobody or to somebody else, and says so. The
+/// entry itself is left to `settle`: others may be about to register that name.
+///
+/// # Errors
+/// The table cannot be read; /init is missing; or the kernel does not do as it is told.
+pub fn cover(host: &Host, table: &Table) -> anyhow::Result<Option<String>> {
+    if !interop::needs_stand_in(&table.entries()?) {
+        return Ok(None);
+    }
+    let _lock = table.lock();
+    let entries = table.entries()?;
+    // Somebody else of ours was quicker.
+    if !interop::needs_stand_in(&entries) {
+        return Ok(None);
+    }
+    let rivals = interop::first(&entries).map(|listed| listed.name.clone());
+    stand_in(host, table, &entries)?;
+    let who = rivals.unwrap_or("nobody".to_owned());
+    Ok(Some(format!(
+        "Windows programs went to {who}, now to {STAND_IN} until all is quiet"
+    )))
+}
+
+/// Puts the stand-in first, unless it is before all rivals already.
+fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()> {
+    require_init(host)?;
+    let first = interop::first(entries);
+    if first.is_some_and(|first| first.name == STAND_IN && first.entry == interop::wanted()) {
+        return Ok(());
+    }
+    table.unregister(STAND_IN)?;
+    table.register(&interop::wanted().rule(STAND_IN))
+}
+
+fn require_init(host: &Host) -> anyhow::Result<()> {
+    if !host.is_executable(INIT) {
+        let init = host.path(INIT);
+        bail!("{init}: not an executable file, so this is no WSL2 distro");
+    }
+    Ok(())
+}
+
+/// What `settle` came to.
+#[derive(Default)]
+pub struct Settled {
+    /// What was done, in words; nothing, mostly.
+    pub deeds: Vec<String>,
+    /// What could not be, and why.
+    pub problems: Vec<Error>,
+    /// What this distro's own rules are could not be read: nothing was done about them.
+    pub unread: bool,
+}
+
+/// What one look at the table is not enough to judge.
+#[derive(Default)]
+pub struct Pending {
+    /// Rules of others that came behind, which their owner may be about to put ahead.
+    foreign: Vec<String>,
+    /// Own rules that are missing: removed on purpose, or being registered anew by somebody.
+    missing: Missing,
+}
+
+impl Pending {
+    /// Whether another look is needed.
+    pub fn is_any(&self) -> bool {
+        !self.foreign.is_empty() || self.is_missing()
+    }
+
+    /// Whether own rules are missing.
+    pub fn is_missing(&self) -> bool {
+        !self.missing.before.is_empty()
+    }
+}
+
+/// Makes all be as it should: own rules stand, as `Record::heal` has it after a `flush`; WSLInterop
+/// stands as WSL registered it, ahead of all that take ordinary Windows programs, and behind those
+/// with a longer magic; nothing stands in for it any more. An entry with `F` is moved by its owner
+/// only, whose file it holds; one without by others too, if it was `pending` already, or at once where
+/// that is none. Unless all is `quiet`, a stand-in stays.
+pub fn settle(
+    host: &Host,
+    table: &Table,
+    flush: bool,
+    quiet: bool,
+    mut pending: Option<&mut Pending>,
+) -> Settled {
+    let _lock = table.lock();
+    let mut settled = Settled::default();
+    let mut records = Record::read_all(host).unwrap_or_else(|error| {
+        settled.problems.push(error);
+        settled.unread = true;
+        Vec::new()
+    });
+    let mut missing = Missing::default();
+    if let Some(pending) = &mut pending {
+        missing.before = std::mem::take(&mut pending.missing.before);
+    }
+    for record in &mut records {
+        record.take_up_beside(host, table);
+        let (deeds, problems) = record.heal(host, table, flush, &mut missing);
+        settled.deeds.extend(deeds);
+        settled.problems.extend(problems);
+    }
+    if let Some(pending) = &mut pending {
+        pending.missing.before = missing.now;
+    }
+    let foreign = pending.map(|pending| &mut pending.foreign);
+    let steps = || {
+        settle_entry(host, table, &mut settled)?;
+        put_ahead(table, &mut records, foreign, &mut settled)?;
+        let mut entries = table.entries()?;
+        let stand_in = interop::find(&entries, STAND_IN);
+        let superfluous = stand_in.is_some_and(|entry| entry.interpreter == INIT);
+        entries.retain(|listed| listed.name != STAND_IN);
+        if quiet && superfluous {
+            if interop::needs_stand_in(&entries) {
+                bail!("{NAME} went again at once, so {STAND_IN} stays");
+            }
+            table.unregister(STAND_IN)?;
+            let deed = format!("removed {STAND_IN}, which {NAME} makes superfluous");
+            settled.deeds.push(deed);
+        }
+        anyhow::Ok(())
+    };
+    let result = (steps)();
+    settled.problems.extend(result.err());
+    for record in &records {
+        settled.problems.extend(record.write(host).err());
+    }
+    settled
+}
+
+/// Makes the entry stand, with its flags and ahead of its rivals.
+fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
+    let entries = table.entries()?;
+    match interop::find(&entries, NAME) {
+        Some(entry) => {
+            if let Some(fault) = interop::fault(entry) {
+                table.unregister(STAND_IN)?;
+                bail!("{NAME} {fault}: somebody made it so, left alone");
+            }
+            let rivals = interop::rivals_ahead(&entries);
+            let lost = !interop::has_flags(entry);
+            if lost || !rivals.is_empty() {
+                stand_in(host, table, &entries)?;
+                table.unregister(NAME)?;
+                table.register(&interop::wanted().rule(NAME))?;
+                settled.deeds.push(match lost {
+                    true => format!("{NAME} had the flags '{}', registered it anew", entry.flags),
+                    false => format!(
+                        "{} took Windows programs, put {NAME} first",
+                        rivals.join(", ")
+                    ),
+                });
+            }
+        }
+        None => {
+            require_init(host)?;
+            match table.register(&interop::wanted().rule(NAME)) {
+                Ok(()) => settled
+                    .deeds
+                    .push(format!("{NAME} was missing, registered it")),
+                // A peer without our lock was quicker: what counts is what stands there now.
+                Err(error) if table.read(NAME)?.is_none() => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+    let standing = table.read(NAME)?;
+    if !standing.is_some_and(|e| interop::fault(&e).is_none() && interop::has_flags(&e)) {
+        bail!("{NAME}: registered, but not as it was when read back");
+    }
+    if table.read(LATE)?.is_some_and(|e| e.interpreter == INIT) {
+        table.unregister(LATE)?;
+        let deed = format!("removed {LATE}, which {NAME} makes superfluous");
+        settled.deeds.push(deed);
+    }
+    Ok(())
+}
+
+/// Puts those ahead whose magic is longer; first what somebody was killed at.
+fn put_ahead(
+    table: &Table,
+    records: &mut [Record],
+    foreign: Option<&mut Vec<String>>,
+    settled: &mut Settled,
+) -> anyhow::Result<()> {
+    let entries = table.entries()?;
+    for (name, left) in interop::unfinished(&entries) {
+        if left.entry.holds_its_file() {
+            continue;
+        }
+        if table.read(name)?.is_none() {
+            table.register(&left.entry.rule(name))?;
+        }
+        table.unregister(&left.name)?;
+        let deed = format!("removed {}, which {name} makes superfluous", left.name);
+        settled.deeds.push(deed);
+    }
+    let mut now = Vec::new();
+    let known = foreign.as_deref();
+    for listed in interop::misplaced(&table.entries()?) {
+        let name = &listed.name;
+        let own = records.iter_mut().find(|record| record.has(listed.inode));
+        let may_move = own.is_some() || known.is_none_or(|known| known.contains(name));
+        match own {
+            None if listed.entry.holds_its_file() => {}
+            None if !may_move => now.push(name.clone()),
+            own => match table.replace(
+                name,
+                listed.inode,
+                &interop::stand_in_of(name),
+                &listed.entry,
+            ) {
+                Ok(inode) => {
+                    if let Some(own) = own {
+                        own.moved(listed.inode, inode);
+                    }
+                    let deed = format!("put {name} ahead of {NAME}, which is less specific");
+                    settled.deeds.push(deed);
+                }
+                Err(error) => settled.problems.push(error.context(format!(
+                    "putting {name} ahead of {NAME}, which is less specific"
+                ))),
+            },
+        }
+    }
+    if let Some(foreign) = foreign {
+        *foreign = now;
+    }
+    Ok(())
+}
+
+/// The entry's inode when all was settled last: with another one, it went in between.
+pub fn note_interop(host: &Host, table: &Table) -> anyhow::Result<()> {
+    // Others of this distro may be at it, too.
+    let _lock = table.lock();
+    let inode = table.inode(NAME)?.unwrap_or_default().to_string();
+    match host.text(INTEROP) == inode {
+        true => Ok(()),
+        false => host.write(INTEROP, &inode).context("noting the entry"),
+    }
+}
+
+/// Whether the entry has gone since it was noted.
+pub fn interop_went(host: &Host, table: &Table) -> bool {
+    match host.own_text(INTEROP).map(|noted| noted.parse::<u64>()) {
+        Ok(Ok(noted)) => table.inode(NAME).ok() != Some(Some(noted)),
+        // It was not noted yet.
+        Ok(Err(_)) => false,
+        // It may well have gone.
+        Err(_) => true,
+    }
+}

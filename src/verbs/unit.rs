@@ -1,0 +1,68 @@
+//! `started`, `stopped` and `stopping`: what is to be done, as root and outside of its sandbox, once
+//! one of the services has been started that register rules, when it stops, and when the distro does.
+
+use crate::host::Host;
+use crate::own::{self, Record, Unit};
+use crate::registry::{is_failed_call, Table};
+use crate::repair;
+use crate::verbs::generate::in_force;
+use crate::verbs::guard;
+
+/// Writes down what the service has registered, and sees to it that Windows programs start.
+///
+/// # Errors
+/// binfmt_misc is not mounted; or something could not be done, and the rest was.
+pub fn started(host: &Host, unit: Unit, succeeded: bool) -> anyhow::Result<()> {
+    let table = Table::open(host)?;
+    let covered = match in_force(host).interop_enabled {
+        true => repair::cover(host, &table).map(drop),
+        false => Ok(()),
+    };
+    let _lock = table.lock();
+    covered.and(own::record(host, &table, unit, succeeded))
+}
+
+/// After a stop, unregisters what the service had registered. `result` is the service's, as
+/// systemd.exec(5) has it in `$SERVICE_RESULT`: after a start that failed, its rules stand.
+///
+/// # Errors
+/// As above.
+pub fn stopped(host: &Host, unit: Unit, result: Option<&str>) -> anyhow::Result<()> {
+    if result.is_some_and(|result| result != "success") {
+        return started(host, unit, false);
+    }
+    let table = Table::open(host)?;
+    let _lock = table.lock();
+    let released = own::release(host, &table, unit);
+    released.and(own::note_before(host, &table))
+}
+
+/// When the distro stops, after those services: guards once more, since systemd-shutdown empties the
+/// table next and somebody may have mounted it since; and unregisters what is left.
+///
+/// # Errors
+/// As above.
+pub fn stopping(host: &Host) -> anyhow::Result<()> {
+    let guarded = match Table::open(host) {
+        Err(error) if !is_failed_call(&error) => Ok(()),
+        _ => guard::bind_over_status(host),
+    };
+    guarded.and(release(host))
+}
+
+/// Unregisters all that this distro has registered.
+///
+/// # Errors
+/// As above.
+pub fn release(host: &Host) -> anyhow::Result<()> {
+    let records = Record::read_all(host)?;
+    let table = match Table::open(host) {
+        Err(error) if !is_failed_call(&error) && records.iter().all(Record::is_empty) => {
+            return Ok(())
+        }
+        table => table?,
+    };
+    let _lock = table.lock();
+    let released = Unit::ALL.map(|unit| own::release(host, &table, unit));
+    released.into_iter().fold(Ok(()), Result::and)
+}
