@@ -1,6 +1,6 @@
 //! What this project costs a running distro, and what it spares it, in the simulated WSL VM with
-//! Debian 13 and the package that is made for it: its verbs, the watcher, launches during 40 restarts of systemd-binfmt under every
-//! generation of WSL, and the boot. `cargo bench --bench vm`.
+//! Debian 13 and the package that is made for it: its verbs, the watcher, and launches during 40
+//! restarts of systemd-binfmt under every generation of WSL. `cargo bench --bench vm`.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -21,7 +21,6 @@ const VERBS: [&str; 5] = [
 ];
 const RUNS: usize = 300;
 const WIPES: usize = 1000;
-const BOOTS: usize = 15;
 /// The start limit is systemd's own protection, not what this is about.
 const RESTARTS: &str = "for i in $(seq 40); do
     systemctl reset-failed systemd-binfmt
@@ -35,7 +34,6 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
         ["verbs"] => verbs(vm),
         ["watcher"] => watcher(vm),
         ["restarts", generation, whose] => restarts(vm, generation, whose == "ours"),
-        ["boots"] => boots(vm),
         _ => bail!("play what? {arguments:?}"),
     }
 }
@@ -96,8 +94,11 @@ fn watcher(vm: &Vm) -> anyhow::Result<()> {
     for _ in 0..WIPES {
         vm.write("status", "-1")?;
         let start = Instant::now();
-        while vm.entry("WSLInterop") == "missing" {
-            ensure!(start.elapsed() < Duration::from_secs(5), "it does not heal");
+        while vm.entries().is_empty() {
+            ensure!(
+                start.elapsed() < Duration::from_secs(5),
+                "nothing stands in"
+            );
         }
         times.push(start.elapsed());
         thread::sleep(Duration::from_millis(1));
@@ -109,7 +110,7 @@ fn watcher(vm: &Vm) -> anyhow::Result<()> {
     );
     println!("    woken {woken} times in a minute without changes; wanted 0");
     println!(
-        "    from wipe to entry, {WIPES} wipes: p50 {:.0?}, p99 {:.0?}, longest {:.1?}",
+        "    from wipe to stand-in, {WIPES} wipes: p50 {:.0?}, p99 {:.0?}, longest {:.1?}",
         at(&times, 50),
         at(&times, 99),
         at(&times, 100)
@@ -163,55 +164,6 @@ fn restarts(vm: &Vm, generation: &str, ours: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Boots with and without in turn.
-fn boots(vm: &Vm) -> anyhow::Result<()> {
-    let mut all = [Vec::new(), Vec::new()];
-    let mut generators = [Vec::new(), Vec::new()];
-    for round in 0..BOOTS {
-        for (ours, name) in [(0, "stock"), (1, "ours")] {
-            let mine = distro(vm, &format!("{name}{round}"), ours == 1)?.boot()?;
-            let said = mine.run("systemd-analyze time");
-            let (_, time) = said
-                .split_once("finished in ")
-                .with_context(|| said.clone())?;
-            let (time, _) = time
-                .split_once(" (userspace)")
-                .with_context(|| said.clone())?;
-            all[ours].push(duration(time)?);
-            let properties = mine.run(
-                "systemctl show --value --property=GeneratorsStartTimestampMonotonic \
-                 --property=GeneratorsFinishTimestampMonotonic",
-            );
-            let stamps: Vec<u64> = properties
-                .lines()
-                .map(str::parse)
-                .collect::<Result<_, _>>()?;
-            let [a, b] = stamps[..] else {
-                bail!("{properties}");
-            };
-            generators[ours].push(Duration::from_micros(a.abs_diff(b)));
-        }
-    }
-    println!("Boot of a distro, medians of {BOOTS} boots each, with us and without in turn:");
-    for (what, [stock, ours]) in [("all of userspace", &all), ("its generators", &generators)] {
-        let [stock, ours] = [stock, ours].map(|times| at(times, 50).as_secs_f64() * 1e3);
-        println!(
-            "    {what}: stock {stock:.0} ms, ours {ours:.0} ms, {:.2} x",
-            ours / stock
-        );
-    }
-    Ok(())
-}
-
-/// As systemd writes it, `1.234s` or `567ms`.
-fn duration(text: &str) -> anyhow::Result<Duration> {
-    let seconds = match text.strip_suffix("ms") {
-        Some(milliseconds) => milliseconds.parse::<f64>()? / 1e3,
-        None => text.trim_end_matches('s').parse()?,
-    };
-    Ok(Duration::from_secs_f64(seconds))
-}
-
 /// The percentile.
 fn at(times: &[Duration], percent: usize) -> Duration {
     let mut times = times.to_vec();
@@ -222,7 +174,7 @@ fn at(times: &[Duration], percent: usize) -> Duration {
 fn show() -> anyhow::Result<bool> {
     let machine = Machine::prepare(&[SUITE])?;
     DebianPackage::built()?;
-    for what in ["verbs", "watcher", "boots"] {
+    for what in ["verbs", "watcher"] {
         println!("{}", machine.in_vm(&[what])?);
     }
     println!("Launches that failed during 40 restarts of systemd-binfmt, and the longest gap:\n");
