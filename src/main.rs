@@ -62,6 +62,8 @@ directories; the units that it writes into EARLY call its verbs.
   guard              bind a read-only file over the status file of binfmt_misc,
                      unless something already is
   release            unregister what this distro has registered
+  started, stopped   for units: one that registers rules has started or stopped
+  stopping           for units: this distro stops
   -h, --help         show this help
   -V, --version      show the version
 
@@ -76,7 +78,7 @@ Exit status: 0 done or nothing to do, 1 failed (status: something is wrong),
 See also: man 8 wsl-binfmt-generator
 ";
 
-/// What one invocation asks for. The verbs that only units call are not in the help.
+/// What one invocation asks for.
 #[derive(Debug, PartialEq)]
 enum Action {
     Generate { early: Utf8PathBuf },

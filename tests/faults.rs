@@ -53,7 +53,7 @@ impl Sandbox {
         // A checkout has the modes that its umask gives it.
         sandbox.shell("chmod -R u=rwX,go=rX golden")?;
         let golden = tree(&sandbox.path("golden"))?;
-        ensure!(golden.len() == 13, "{} files", golden.len());
+        ensure!(golden.len() == 16, "{} files", golden.len());
         sandbox.reset()?;
         Ok(Sandbox { golden, ..sandbox })
     }
