@@ -265,11 +265,11 @@ fn lives_of_the_package(
         life("container:wsl", systemd, "wsl-binfmt/status")?,
         "installed\n\
          systemctl daemon-reload\n\
-         systemctl start wsl-binfmt-guard.service\n\
+         systemctl restart wsl-binfmt-guard.service\n\
          systemctl restart wsl-interop-restore.service\n\
          upgraded\n\
          systemctl daemon-reload\n\
-         systemctl start wsl-binfmt-guard.service\n\
+         systemctl restart wsl-binfmt-guard.service\n\
          systemctl restart wsl-interop-restore.service\n\
          removed\n\
          systemctl stop wsl-interop-restore.service*\n\

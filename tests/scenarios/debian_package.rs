@@ -13,7 +13,7 @@ const TRACES: &str = "find / -xdev -not -path '/proc/*' -not -path '/var/*' \
                       \\( -name '*wsl-binfmt*' -o -name '*wsl-interop*' \\); \
                       find /run -name '*wsl-binfmt*' -o -name '*wsl-interop*'; \
                       systemctl list-units --all --plain --no-legend 'wsl-*'; \
-                      grep wsl-binfmt /proc/self/mountinfo";
+                      grep /wsl-binfmt/ /proc/self/mountinfo";
 
 /// Tests with the package; those who run them build it first.
 pub const DEBIAN_PACKAGE: &[Test] = &[
