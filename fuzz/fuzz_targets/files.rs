@@ -113,7 +113,7 @@ fn recorded(text: &str) {
             "a" | "Interop" if !shared.is_empty() => gone(shown),
             "b c" if shared.contains(&false) => gone(shown),
             // The peer's is as it was without us.
-            "register" if of("a").first() == Some(&true) => r":a:M:0:\x41::/x:P".to_owned(),
+            "register" if of("a").first() == Some(&true) => r":a:M:0:\x41:://x:P".to_owned(),
             _ => shown.to_owned(),
         };
         // Whose text makes no sense, nobody can say that it holds no file.
