@@ -7,6 +7,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::process;
 
 use anyhow::Context;
 use camino::{Utf8Path, Utf8PathBuf};
@@ -156,7 +157,8 @@ impl Host {
             return fs::set_permissions(&path, modes)
                 .with_context(|| format!("making {path} readable"));
         }
-        let unfinished = format!("{path}.unfinished");
+        // Another of our processes may be writing the same file.
+        let unfinished = format!("{path}.{}.unfinished", process::id());
         fs::write(&unfinished, text)
             .and_then(|()| fs::set_permissions(&unfinished, modes))
             .and_then(|()| fs::rename(&unfinished, &path))
