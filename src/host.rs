@@ -12,6 +12,7 @@ use std::process;
 use anyhow::Context;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::mounts;
 use crate::plan::Neighbors;
 use crate::wsl::{Environment, Files};
 
@@ -86,7 +87,11 @@ const PID1_ENVIRONMENT: &str = "/proc/1/environ";
 const PID1_CONTAINER: &str = "/run/systemd/container";
 /// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
 const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
-const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
+/// The mount namespace of the distro, and of this process, namespaces(7).
+pub const DISTRO_MOUNTS: &str = "/proc/1/ns/mnt";
+/// Its root directory.
+pub const DISTRO_ROOT: &str = "/proc/1/root";
+const OWN_MOUNTS: &str = "/proc/self/ns/mnt";
 /// The command that packages install beside the generator.
 const COMMAND: &str = "/usr/bin/wsl-binfmt";
 const INITRD_RELEASE: &str = "/etc/initrd-release";
@@ -214,6 +219,16 @@ impl Host {
         }
     }
 
+    /// Whether WSL's interop binary is there: an executable file that is mounted. A container may have
+    /// a file of its own there. Where the mounts cannot be read, that counts, too.
+    pub fn has_init(&self) -> bool {
+        let [_, own] = MOUNT_INFOS;
+        self.is_executable(INIT)
+            && fs::read(self.path(own)).map_or(true, |mounts| {
+                mounts::on(&String::from_utf8_lossy(&mounts), INIT).is_some()
+            })
+    }
+
     /// What WSL, the vendor and the admin have put beside what is emitted here. What cannot be
     /// looked at is taken to be there, so that nothing of the admin's is masked, and reported.
     pub fn neighbors(&self, mut report: impl FnMut(String)) -> Neighbors {
@@ -271,7 +286,7 @@ impl Host {
                 // Its environment is for root.
                 .unwrap_or_else(|_| Some(self.text(PID1_CONTAINER).trim().to_owned())),
             container_marker: CONTAINER_MARKERS.iter().any(|m| self.path(m).exists()),
-            init_executable: self.is_executable(INIT),
+            init: self.has_init(),
             guarded: self.path(GUARD_FILE).exists(),
         }
     }
@@ -322,7 +337,7 @@ impl Host {
 
     /// Whether the mounts of this process are known to be others than the distro's.
     pub fn is_elsewhere_mounted(&self) -> bool {
-        let [distro, own] = MOUNT_NAMESPACES.map(|path| fs::read_link(self.path(path)));
+        let [distro, own] = [DISTRO_MOUNTS, OWN_MOUNTS].map(|path| fs::read_link(self.path(path)));
         matches!((distro, own), (Ok(distro), Ok(own)) if distro != own)
     }
 

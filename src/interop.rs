@@ -102,10 +102,20 @@ pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
         listed.entry.enabled
             && listed.entry.claim() == Claim::Longer
             && !listed.name.starts_with(STAND_IN_OF)
+            && is_whole(listed)
     });
     let mut longer: Vec<_> = longer.collect();
     longer.reverse();
     longer
+}
+
+/// Whether it can be registered anew as it is: nothing of it is not UTF-8.
+fn is_whole(listed: &Listed) -> bool {
+    is_name(&listed.name)
+        && !listed
+            .entry
+            .interpreter
+            .contains(char::REPLACEMENT_CHARACTER)
 }
 
 /// What was left by somebody who was stopped while putting such a one ahead, and the names of those
@@ -116,7 +126,7 @@ pub fn unfinished(entries: &[Listed]) -> Vec<(&str, &Listed)> {
         .filter_map(|listed| {
             let name = listed.name.strip_prefix(STAND_IN_OF)?;
             let longer = listed.entry.enabled && listed.entry.claim() == Claim::Longer;
-            (longer && is_name(name)).then_some((name, listed))
+            (longer && is_name(name) && is_whole(listed)).then_some((name, listed))
         })
         .collect()
 }

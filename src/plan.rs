@@ -73,6 +73,11 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
             target: "../wsl-binfmt-guard.service",
             needs: "wsl-binfmt-guard.service",
         },
+        Output::Link {
+            path: "proc-sys-fs-binfmt_misc.mount.wants/wsl-binfmt-guard.service",
+            target: "../wsl-binfmt-guard.service",
+            needs: "wsl-binfmt-guard.service",
+        },
         file!("wsl-binfmt-release.service"),
         Output::Link {
             path: "shutdown.target.wants/wsl-binfmt-release.service",
@@ -226,7 +231,7 @@ mod tests {
                 Output::Link { path, needs, .. } => assert!(files.contains(needs), "{path}"),
             }
         }
-        assert_eq!(plan.outputs.len() - files.len(), 6);
+        assert_eq!(plan.outputs.len() - files.len(), 7);
     }
 
     #[test]

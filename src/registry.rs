@@ -1,6 +1,7 @@
 //! The kernel's table of binary formats, as Documentation/admin-guide/binfmt-misc.rst has it:
 //! reading it, registering, unregistering, and who gets a Windows program.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
@@ -106,6 +107,20 @@ impl Entry {
             flags,
             pattern,
         })
+    }
+
+    /// What nobody can read may be for any program.
+    fn unreadable(text: &str) -> Entry {
+        Entry {
+            enabled: !text.starts_with("disabled"),
+            interpreter: String::new(),
+            flags: String::new(),
+            pattern: Pattern::Magic {
+                offset: 0,
+                magic: Vec::new(),
+                mask: None,
+            },
+        }
     }
 
     /// What it is to a Windows program while it is enabled.
@@ -267,31 +282,48 @@ impl Table {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn names(&self) -> anyhow::Result<Vec<String>> {
-        let read = || -> std::io::Result<Vec<String>> {
-            let mut names = Vec::new();
-            for entry in fs::read_dir(&self.directory)? {
-                // A name that is not UTF-8 is none that anybody here cares about.
-                names.extend(entry?.file_name().into_string());
-            }
+    fn names(&self) -> anyhow::Result<Vec<OsString>> {
+        let names = || -> std::io::Result<Vec<OsString>> {
+            let names = fs::read_dir(&self.directory)?.map(|entry| Ok(entry?.file_name()));
+            let mut names = names.collect::<std::io::Result<Vec<_>>>()?;
             names.retain(|name| name != "register" && name != "status");
             Ok(names)
         };
-        read().with_context(|| format!("listing {}", self.directory))
+        names().with_context(|| format!("listing {}", self.directory))
     }
 
-    /// All entries, the newest first. One that is gone since it was listed, or that nobody
-    /// understands, is passed over.
+    /// The names of all entries. One that is not UTF-8 is nobody's whom they are noted for.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn known_names(&self) -> anyhow::Result<Vec<String>> {
+        let names = self.names()?.into_iter();
+        Ok(names.filter_map(|name| name.into_string().ok()).collect())
+    }
+
+    /// All entries, the newest first. One that is gone since it was listed is passed over.
     ///
     /// # Errors
     /// The directory, or an entry, cannot be read.
     pub fn entries(&self) -> anyhow::Result<Vec<Listed>> {
         let mut entries = Vec::new();
         for name in self.names()? {
-            match (self.inode(&name), self.read(&name)) {
-                (Ok(Some(inode)), Ok(Some(entry))) => entries.push(Listed { name, inode, entry }),
-                (Err(error), _) | (_, Err(error)) if is_failed_call(&error) => return Err(error),
-                _ => {}
+            let path = self.directory.as_std_path().join(&name);
+            let read = || -> std::io::Result<Listed> {
+                let inode = fs::metadata(&path)?.ino();
+                let text = fs::read(&path)?;
+                let text = String::from_utf8_lossy(&text);
+                Ok(Listed {
+                    name: name.to_string_lossy().into_owned(),
+                    inode,
+                    entry: Entry::parse(&text).unwrap_or_else(|_| Entry::unreadable(&text)),
+                })
+            };
+            match read() {
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                entry => {
+                    entries.push(entry.with_context(|| format!("reading {}", path.display()))?)
+                }
             }
         }
         Ok(entries)
@@ -419,11 +451,12 @@ fn bits_that_count(mask: &Option<Vec<u8>>, byte: usize) -> u8 {
 const NAME_MAX: usize = 255;
 
 /// Whether an entry may be called so: the kernel takes no other names, and a path must lead neither
-/// out of the table nor to the files in it that are no entries.
+/// out of the table nor to the files in it that are no entries. A name that is not UTF-8 is listed
+/// with what is replaced in it, and so is none.
 pub fn is_name(name: &str) -> bool {
     !["", ".", "..", "register", "status"].contains(&name)
         && name.len() <= NAME_MAX
-        && !name.contains(['/', '\0'])
+        && !name.contains(['/', '\0', char::REPLACEMENT_CHARACTER])
 }
 
 /// Whether the kernel takes a rule of that length for an entry of that name.

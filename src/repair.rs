@@ -43,9 +43,9 @@ fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()
 }
 
 fn require_init(host: &Host) -> anyhow::Result<()> {
-    if !host.is_executable(INIT) {
+    if !host.has_init() {
         let init = host.path(INIT);
-        bail!("{init}: not an executable file, so this is no WSL2 distro");
+        bail!("{init}: no executable file that is mounted, so this is no WSL2 distro");
     }
     Ok(())
 }

@@ -28,8 +28,8 @@ pub struct Files {
     pub pid1_container: Option<String>,
     /// A container manager left one of its marks.
     pub container_marker: bool,
-    /// /init is an executable file.
-    pub init_executable: bool,
+    /// /init is an executable file that WSL has mounted.
+    pub init: bool,
     /// The guard has been here since the distro started.
     pub guarded: bool,
 }
@@ -63,7 +63,9 @@ impl Verdict {
             Verdict::NotWsl => "this is not WSL",
             Verdict::Wsl1 => "this is WSL1, which neither runs systemd nor shares its table",
             Verdict::Container => "this is a container on WSL's kernel",
-            Verdict::NoInit => "this is WSL2's kernel, but /init is not an executable file",
+            Verdict::NoInit => {
+                "this is WSL2's kernel, but /init is not WSL's: no executable file that is mounted"
+            }
         }
     }
 }
@@ -97,7 +99,7 @@ pub fn verdict(environment: &Environment, files: impl FnOnce() -> Files) -> Verd
         return Verdict::Container;
     }
     // A soft-reboot unmounts /init. The entry still works then, and the guard's mount stands.
-    if !files.init_executable && !files.guarded {
+    if !files.init && !files.guarded {
         return Verdict::NoInit;
     }
     Verdict::Wsl2
@@ -133,7 +135,7 @@ mod tests {
     fn distro() -> (Environment, Files) {
         let files = Files {
             osrelease: WSL2.to_owned(),
-            init_executable: true,
+            init: true,
             ..Files::default()
         };
         (Environment::default(), files)
@@ -207,7 +209,7 @@ mod tests {
         check(|e, _| e.container = some("docker"), Verdict::Container);
         check(|e, _| e.container = some(""), Verdict::Wsl2);
         check(|_, f| f.pid1_container = some("lxc"), Verdict::Container);
-        check(|_, f| f.init_executable = false, Verdict::NoInit);
+        check(|_, f| f.init = false, Verdict::NoInit);
         check(
             |e, f| {
                 e.virtualization = some("container:wsl");
@@ -232,7 +234,7 @@ mod tests {
     fn a_distro_without_init_after_a_soft_reboot_is_one() {
         check(
             |_, f| {
-                f.init_executable = false;
+                f.init = false;
                 f.guarded = true;
             },
             Verdict::Wsl2,

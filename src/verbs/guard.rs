@@ -3,14 +3,19 @@
 //! it last of all, when no unit is left to repair it. The mount needs no undoing: it ends with the
 //! distro. What else has to be known of the distro's start is noted here, too.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::Context;
 use camino::Utf8Path;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
+use nix::sched::{setns, CloneFlags};
+use nix::unistd::{chroot, fchdir};
 
-use crate::host::{Host, BEFORE, BINFMT_MISC, BOOT_CONF, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS};
+use crate::host::{
+    Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_MOUNTS, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP,
+    LOCAL_UNITS,
+};
 use crate::log::Log;
 use crate::own::{self, Unit};
 use crate::registry::{is_failed_call, Table};
@@ -23,6 +28,7 @@ use crate::verbs::generate::in_force;
 /// # Errors
 /// A mount fails, and the status file is as it was; or something cannot be noted.
 pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
+    join_distro(host)?;
     let mut result = note_settings(host).and(keep_drop_ins(host));
     let table = match Table::open(host) {
         Ok(table) => table,
@@ -101,6 +107,24 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     // The mount over the status file does not need this one.
     let unbound = umount2(file.as_str(), MntFlags::MNT_DETACH);
     bound.and(unbound.with_context(|| format!("unmounting {file}")))
+}
+
+/// Leaves a mount namespace of its own, which a drop-in for all services may have given to the unit:
+/// a mount made there would guard nothing.
+///
+/// # Errors
+/// It is not allowed to.
+pub fn join_distro(host: &Host) -> anyhow::Result<()> {
+    if !host.is_elsewhere_mounted() {
+        return Ok(());
+    }
+    let [mounts, root] = [DISTRO_MOUNTS, DISTRO_ROOT].map(|path| host.path(path));
+    let open = |path| File::open(path).with_context(|| format!("opening {path}"));
+    let (namespace, directory) = (open(&mounts)?, open(&root)?);
+    setns(namespace, CloneFlags::CLONE_NEWNS)
+        .and_then(|()| fchdir(directory))
+        .and_then(|()| chroot("."))
+        .with_context(|| format!("joining the mount namespace {mounts}"))
 }
 
 /// A file that is bound over another one lies on a file system of its own. Asking the files and

@@ -43,6 +43,7 @@ pub fn stopped(host: &Host, unit: Unit, result: Option<&str>) -> anyhow::Result<
 /// # Errors
 /// As above.
 pub fn stopping(host: &Host) -> anyhow::Result<()> {
+    guard::join_distro(host)?;
     let guarded = match Table::open(host) {
         Err(error) if !is_failed_call(&error) => Ok(()),
         _ => guard::bind_over_status(host),

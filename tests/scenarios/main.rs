@@ -2,6 +2,7 @@
 //! is played twice on each Debian: stock, which is the control, and with our generator installed.
 //! What is seen is compared line by line.
 
+mod by_hand;
 mod debian_package;
 mod faults;
 mod generations;
@@ -56,6 +57,7 @@ const TESTS: &[&[Test]] = &[
     stand_in::STAND_IN,
     own_rules::OWN_RULES,
     others::OTHERS,
+    by_hand::BY_HAND,
     races::RACES,
     security::SECURITY,
     status::STATUS,

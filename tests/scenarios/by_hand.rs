@@ -1,0 +1,174 @@
+//! What people, packages and drop-ins for all services do beside systemd's own starts and stops.
+
+use anyhow::{ensure, Context};
+use wsl_vm::{Builder, Distro, Generation, Vm};
+
+use crate::promises::{state, RULE};
+use crate::stand_in::{alone, served, within, RUNNING, SOON};
+use crate::verbs::Test;
+
+const TABLE: &str = "/proc/sys/fs/binfmt_misc";
+const PEERS: &str = ":peerfmt:M::PEERFMT::/bin/cat:";
+/// What ours is called with `F`.
+const STANDS: &str = "enabled, interpreter /bin/cat, flags: F";
+
+pub const BY_HAND: &[Test] = &[
+    (
+        "by hand: a drop-in gives every service a mount namespace",
+        |vm| {
+            everywhere(vm, |vm, distro| {
+                let mine = distro
+                    .file(
+                        "/etc/systemd/system/service.d/sandbox.conf",
+                        "[Service]\nPrivateTmp=yes\nProtectHome=yes\n",
+                    )
+                    .boot()?;
+                guarded(vm, &mine)?;
+                stops_without_harm(vm, mine)
+            })
+        },
+    ),
+    ("by hand: the table's mount unit is restarted", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            let said = mine.run("systemctl restart proc-sys-fs-binfmt_misc.mount");
+            ensure!(said.is_empty(), "{said}");
+            guarded(vm, &mine)?;
+            stops_without_harm(vm, mine)
+        })
+    }),
+    ("by hand: the table's mount unit is stopped", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            mine.run("systemctl stop proc-sys-fs-binfmt_misc.mount");
+            // Whoever looks into it has it mounted.
+            mine.run("systemctl start proc-sys-fs-binfmt_misc.mount");
+            guarded(vm, &mine)?;
+            stops_without_harm(vm, mine)
+        })
+    }),
+    ("by hand: systemd-binfmt is restarted nine times", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            for _ in 0..9 {
+                let said = mine.run("systemctl restart systemd-binfmt");
+                ensure!(said.is_empty(), "{said}");
+            }
+            ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));
+            guarded(vm, &mine)?;
+            stops_without_harm(vm, mine)
+        })
+    }),
+    (
+        "by hand: a watcher that is killed nine times comes back",
+        |vm| {
+            everywhere(vm, |vm, distro| {
+                let mine = distro.boot()?;
+                let pid =
+                    || mine.run("systemctl show --property=MainPID --value wsl-interop-restore");
+                for _ in 0..9 {
+                    let before = pid();
+                    mine.run("systemctl kill --signal=KILL wsl-interop-restore");
+                    within(5 * SOON, || {
+                        let now = pid();
+                        ensure!(now != before && now != "0\n", "{before} is {now}");
+                        Ok(())
+                    })?;
+                }
+                guarded(vm, &mine)?;
+                vm.write("status", "-1")?;
+                within(SOON, || served(vm))?;
+                within(2 * SOON, || alone(vm))?;
+                stops_without_harm(vm, mine)
+            })
+        },
+    ),
+    (
+        "by hand: a container with an /init of its own, and no mark",
+        |vm| {
+            let container = vm
+                .distro("container", "trixie")
+                .generator(true)
+                .without_init()
+                .program("/init", "not WSL's")
+                .environment(&[])
+                .boot()?;
+            let emitted = container.run("ls /run/systemd/generator.early 2>/dev/null");
+            ensure!(!emitted.contains("wsl"), "{emitted}");
+            // Its own systemd has wiped the table.
+            let said = container.run("wsl-binfmt restore");
+            ensure!(said.contains("/init"), "{said}");
+            ensure!(vm.entry("WSLInterop") == "missing");
+            Ok(())
+        },
+    ),
+    ("by hand: rivals that nobody can read are ahead", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            for rule in [
+                r":riv\377:M::MZ::/bin/false:",
+                r":rival:M::MZ::/bin/fal\nse:",
+                r":other:M::MZ::/bin/fal\377se:",
+            ] {
+                let said = mine.run(&format!("printf '{rule}' >{TABLE}/register"));
+                ensure!(said.is_empty(), "{rule}: {said}");
+                within(SOON, || {
+                    let launched = vm.launch();
+                    ensure!(launched == "starts", "{rule}: {launched}");
+                    Ok(())
+                })?;
+            }
+            within(2 * SOON, || {
+                ensure!(vm.entry("WSLInterop-next") == "missing");
+                ensure!(vm.launch() == "starts");
+                Ok(())
+            })?;
+            let identity = vm.entry_identity("WSLInterop")?;
+            std::thread::sleep(2 * SOON);
+            ensure!(vm.entry_identity("WSLInterop")? == identity, "a fight");
+            mine.run(&format!(
+                "for rival in {TABLE}/riv* {TABLE}/other; do echo -1 >$rival; done"
+            ));
+            stops_without_harm(vm, mine)
+        })
+    }),
+];
+
+/// Under a WSL that does nothing for interop, and under the newest.
+fn everywhere(vm: &Vm, play: impl Fn(&Vm, Builder) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    for generation in [Generation::None, Generation::Lock] {
+        let name = generation.name();
+        let distro = vm.distro(name, "trixie").generator(true);
+        let distro = distro.file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"));
+        play(vm, distro.generation(generation)).with_context(|| format!("WSL's {name}"))?;
+    }
+    Ok(())
+}
+
+/// Nobody here can empty the table, and all is well.
+fn guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
+    within(SOON, || {
+        let mounts = mine.run(&format!("grep {TABLE}/status /proc/1/mountinfo"));
+        ensure!(mounts.contains(" ro,"), "{mounts:?}");
+        Ok(())
+    })?;
+    let said = mine.run(&format!("sh -c 'echo -1 >{TABLE}/status'"));
+    ensure!(said.contains("Read-only file system"), "{said:?}");
+    let state = state(mine);
+    ensure!(state == RUNNING, "{state}");
+    let failed = mine.run("systemctl --failed --plain --no-legend");
+    ensure!(failed.is_empty(), "{failed}");
+    ensure!(vm.launch() == "starts", "{}", vm.launch());
+    Ok(())
+}
+
+/// A peer keeps what it has, and nothing of this distro is left.
+fn stops_without_harm(vm: &Vm, mine: Distro) -> anyhow::Result<()> {
+    vm.register(PEERS)?;
+    mine.poweroff()?;
+    ensure!(vm.launch() == "starts", "{}", vm.launch());
+    let (peers, ours) = (vm.entry("peerfmt"), vm.entry("testfmt"));
+    ensure!(peers != "missing", "the peer's rule is gone");
+    ensure!(ours == "missing", "{ours} stays");
+    vm.write("peerfmt", "-1")
+}
