@@ -28,6 +28,30 @@ pub const BY_HAND: &[Test] = &[
             })
         },
     ),
+    (
+        "by hand: systemd-binfmt beside its unit, then the unit again",
+        |vm| {
+            everywhere(vm, |vm, distro| {
+                let mine = distro.boot()?;
+                for files in ["", "test.conf"] {
+                    // It is not to empty the table, and says that it cannot.
+                    mine.run(&format!("/usr/lib/systemd/systemd-binfmt {files}"));
+                    guarded(vm, &mine)?;
+                    ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));
+                }
+                let said = mine.run("systemctl restart systemd-binfmt");
+                ensure!(said.is_empty(), "{said}");
+                mine.poweroff()?;
+                // Without F it holds no file. Whose the name was before cannot be known.
+                let left = vm.entry("testfmt");
+                ensure!(!left.ends_with('F'), "{left}");
+                if left != "missing" {
+                    vm.write("testfmt", "-1")?;
+                }
+                Ok(())
+            })
+        },
+    ),
     ("by hand: the table's mount unit is restarted", |vm| {
         everywhere(vm, |vm, distro| {
             let mine = distro.boot()?;
