@@ -42,7 +42,7 @@ fn check(data: &mut Unstructured) -> Result<()> {
         osrelease: value(data, &kernels)?.unwrap_or_default(),
         pid1_container: value(data, &containers)?,
         container_marker: data.arbitrary()?,
-        init_executable: data.arbitrary()?,
+        init: data.arbitrary()?,
         guarded: data.arbitrary()?,
     };
     let looked = Cell::new(false);
@@ -81,7 +81,7 @@ fn check(data: &mut Unstructured) -> Result<()> {
             !wsl && (container.is_some() || files.container_marker),
             Verdict::Container,
         ),
-        (!(files.init_executable || files.guarded), Verdict::NoInit),
+        (!(files.init || files.guarded), Verdict::NoInit),
         (true, Verdict::Wsl2),
     ];
     let at = answers.iter().position(|(holds, _)| *holds).unwrap();

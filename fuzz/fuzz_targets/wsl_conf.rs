@@ -63,7 +63,7 @@ fn sum(bytes: &[u8]) -> u8 {
 }
 
 fn check(text: &[u8]) {
-    let conf = parse(text).expect("rust-ini takes what WSL takes");
+    let conf = parse(text);
     let read = read(text);
     assert_eq!(conf, read.conf(), "{}", text.escape_ascii());
     if text.len() >= LONGEST / 2 {
@@ -110,7 +110,7 @@ fn check(text: &[u8]) {
 }
 
 fn assert_same(conf: &WslConf, text: &[u8], more_lines: usize) {
-    let mut read = parse(text).expect("rust-ini takes what WSL takes");
+    let mut read = parse(text);
     read.refused_line = read.refused_line.map(|line| line - more_lines);
     assert_eq!(*conf, read, "{}", text.escape_ascii());
 }

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use anyhow::{bail, Context};
+use anyhow::bail;
 use camino::Utf8Path;
 
 use crate::host::{self, Host, BOOT_CONF, WSL_CONF};
@@ -96,8 +96,9 @@ pub fn in_force(host: &Host) -> WslConf {
 
 /// What the guard noted when the distro started.
 fn noted(host: &Host) -> Option<WslConf> {
-    let noted = host.read(BOOT_CONF).ok()?;
-    wsl_conf::parse(&noted).ok()
+    host.read(BOOT_CONF)
+        .ok()
+        .map(|noted| wsl_conf::parse(&noted))
 }
 
 /// Reads wsl.conf; with what is wrong with it.
@@ -110,12 +111,9 @@ fn read(host: &Host) -> (WslConf, Reading, Option<String>) {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Reading::Denied,
         Err(_) => Reading::Failed,
     };
-    let parsed = read
-        .map_err(anyhow::Error::from)
-        .and_then(|bytes| wsl_conf::parse(&bytes))
-        .with_context(|| format!("reading {path}"));
-    let (conf, warning) = match parsed {
-        Ok(conf) => {
+    let (conf, warning) = match read {
+        Ok(bytes) => {
+            let conf = wsl_conf::parse(&bytes);
             let warning = match conf.refused_line {
                 Some(line) => Some(format!(
                     "{path}:{line}: WSL stops reading at this line, ignoring the rest"
@@ -126,7 +124,10 @@ fn read(host: &Host) -> (WslConf, Reading, Option<String>) {
             (conf, warning)
         }
         Err(_) if reading == Reading::Missing => (WslConf::default(), None),
-        Err(error) => (WslConf::default(), Some(format!("{error:#}, ignoring"))),
+        Err(error) => (
+            WslConf::default(),
+            Some(format!("reading {path}: {error}, ignoring")),
+        ),
     };
     (conf, reading, warning)
 }
