@@ -7,7 +7,7 @@ use anyhow::{anyhow, Error};
 use crate::binfmt_d;
 use crate::host::{Host, BEFORE, FORMATS, STATE};
 use crate::interop::{is_reserved, stand_in_of};
-use crate::registry::{is_failed_call, is_name, Entry, Table, Time};
+use crate::registry::{fits, is_failed_call, is_name, Entry, Table, Time};
 
 /// A service that registers rules.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -420,12 +420,11 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
         if own.shared && !holds {
             return Ok(());
         }
-        let was_own = table.unregister_exactly(name, own.inode)?;
-        if own.shared && was_own {
-            hand_back(&mut entry);
-            table.register(&entry.rule(name))?;
+        hand_back(&mut entry);
+        if own.shared && fits(&stand_in, &entry.rule(&stand_in)) {
+            return table.replace(name, own.inode, &stand_in, &entry).map(drop);
         }
-        Ok(())
+        table.unregister_exactly(name, own.inode).map(drop)
     };
     first(
         rules
