@@ -13,4 +13,12 @@ rm -f "$built"
 (cd "$source" && "$cargo" build --locked --profile "$profile" --target-dir "$target")
 
 cp "$built" "$output"
-sed "s|^.*/wsl-binfmt-generator: |$output: |" "$built.d" >"$depfile"
+# Relative to the build directory, as ninja understands no quotes in paths.
+from=$(printf %s "$source/" | sed 's/ /\\ /g')
+to=$(realpath --relative-to=. "$source" | sed 's/ /\\ /g')/
+from=$from to=$to output=$output awk '{
+    sub(/^.*\/wsl-binfmt-generator: /, "")
+    while (at = index($0, ENVIRON["from"]))
+        $0 = substr($0, 1, at - 1) ENVIRON["to"] substr($0, at + length(ENVIRON["from"]))
+    print ENVIRON["output"] ": " $0
+}' "$built.d" >"$depfile"

@@ -41,7 +41,8 @@ impl Sandbox {
         for case in ["56-wsls-own-generator", "58-ubuntus-condition"] {
             for (from, to) in [("root", "root"), ("expected", "golden")] {
                 let from = cases().join(case).join(from);
-                sandbox.shell(&format!("cp -a '{}/.' {to}", from.display()))?;
+                let from = from.display().to_string().replace('\'', r"'\''");
+                sandbox.shell(&format!("cp -a '{from}/.' {to}"))?;
             }
         }
         // The admin's own, which must not be masked.

@@ -13,6 +13,16 @@ pub fn cases() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/generate")
 }
 
+/// As systemd.syntax(7) has the path of a program: the folder of a checkout may be called anything.
+fn as_first_word(path: &str) -> String {
+    let escaped = path.chars().map(|c| match c {
+        ' ' | '"' | '\'' | '\\' | '@' => format!("\\x{:02x}", c as u32),
+        '%' => "%%".to_owned(),
+        c => c.to_string(),
+    });
+    escaped.collect()
+}
+
 /// Every path below a directory with its kind, mode, and text.
 pub fn tree(directory: &Path) -> anyhow::Result<BTreeMap<String, String>> {
     fn walk(
@@ -33,7 +43,9 @@ pub fn tree(directory: &Path) -> anyhow::Result<BTreeMap<String, String>> {
             } else if !metadata.is_file() {
                 "neither file, directory nor link".to_owned()
             } else {
-                let text = String::from_utf8_lossy(&fs::read(&path)?).replace(GENERATOR, INSTALLED);
+                let text = String::from_utf8_lossy(&fs::read(&path)?)
+                    .replace(&as_first_word(GENERATOR), INSTALLED)
+                    .replace(&GENERATOR.replace('%', "%%"), INSTALLED);
                 format!("file {mode:o}\n{text}")
             };
             found.insert(name, what);
