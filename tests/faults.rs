@@ -218,7 +218,7 @@ const CASES: &[Case] = &[
         echo half >early/.wsl-binfmt-guard.service.unfinished
         ln -s ../wsl-binfmt-guard.service early/sysinit.target.wants",
     ),
-    survived("all there already, as it should be", "cp -a golden/. early; sed -i \"s|/usr/lib/systemd/system-generators/wsl-binfmt-generator|$GENERATOR|\" $(find early -type f)"),
+    survived("all there already, as it should be", "\"$GENERATOR\" \"$PWD/normal\" \"$PWD/early\" \"$PWD/late\""),
     fails(
         "somebody else's unit",
         "echo theirs >early/wsl-binfmt-guard.service",
