@@ -1,7 +1,11 @@
 //! Leads a distro's life under every generation of WSL and on every systemd, stock and with this
-//! project, and prints what became of Windows programs: the table in README.md. Then it does the
+//! project, and prints what became of Windows programs: the table in
+//! docs/every-wsl.md. Then it does the
 //! same beside a neighbour that is stock and beside one with this project, and prints what
 //! difference that makes. Exit status 1 if it was not as promised.
+
+#[path = "../tests/document/mod.rs"]
+mod document;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -172,13 +176,14 @@ fn hammered<'a>(events: impl Iterator<Item = &'a Event>) -> (u32, u32, u128) {
     })
 }
 
-fn print_table(played: &[(Case, Life)]) -> anyhow::Result<()> {
+fn table(played: &[(Case, Life)]) -> anyhow::Result<String> {
+    let mut lines = Vec::new();
     let mut header = vec!["WSL", ""];
     header.extend(COLUMNS.iter().map(|(name, _)| *name));
     header.extend(["entry", "peer's entry", "system"]);
     header.extend(["failed in 10 restarts", "longest gap"]);
-    println!("| {} |", header.join(" | "));
-    println!("|{}", "---|".repeat(header.len()));
+    lines.push(format!("| {} |", header.join(" | ")));
+    lines.push(format!("|{}", "---|".repeat(header.len())));
     for generation in Generation::ALL {
         for ours in [false, true] {
             let of_this =
@@ -189,7 +194,8 @@ fn print_table(played: &[(Case, Life)]) -> anyhow::Result<()> {
                 .map(|(_, life)| life)
                 .collect();
             let cells = row(&lives)?.join(" | ");
-            println!("| {} | {} | {cells} |", generation.versions(), whose(ours));
+            let wsl = generation.versions();
+            lines.push(format!("| {wsl} | {} | {cells} |", whose(ours)));
         }
     }
     let versions: BTreeSet<_> = played
@@ -199,13 +205,13 @@ fn print_table(played: &[(Case, Life)]) -> anyhow::Result<()> {
     let versions: Vec<_> = versions.into_iter().collect();
     let ours = played.iter().filter(|(case, _)| case.ours);
     let (failed, all, gap) = hammered(ours.flat_map(|(_, life)| &life.events));
-    println!(
+    lines.push(format!(
         "\nok: every launch started; outage: some failed meanwhile; lost: afterwards none starts. \
          It is the worst of systemd {}.\nFrom boot to poweroff, all events together, with us \
          {failed} of {all} launches failed; the longest gap was {gap} ms.",
         versions.join(", ")
-    );
-    Ok(())
+    ));
+    Ok(lines.join("\n"))
 }
 
 /// Whether all our lives were as promised; says what was not.
@@ -293,10 +299,11 @@ fn runs(lives: &[&Beside], which: fn(&neighbours::Event) -> bool) -> String {
     neighbours::Event::worst(seen).to_owned()
 }
 
-fn print_neighbours(played: &[(Case, Beside)]) {
+fn neighbours_table(played: &[(Case, Beside)]) -> String {
+    let mut lines = Vec::new();
     let header: Vec<_> = CELLS.iter().map(|(name, _)| *name).collect();
-    println!("\n| WSL | | {} |", header.join(" | "));
-    println!("|{}", "---|".repeat(header.len() + 2));
+    lines.push(format!("| WSL | | {} |", header.join(" | ")));
+    lines.push(format!("|{}", "---|".repeat(header.len() + 2)));
     for generation in Generation::ALL {
         for ours in [false, true] {
             let lives = |beside| -> Vec<_> {
@@ -313,17 +320,18 @@ fn print_neighbours(played: &[(Case, Beside)]) {
             };
             let cells: Vec<_> = CELLS.iter().map(cell).collect();
             let (wsl, whose) = (generation.versions(), whose(ours));
-            println!("| {wsl} | {whose} | {} |", cells.join(" | "));
+            lines.push(format!("| {wsl} | {whose} | {} |", cells.join(" | ")));
         }
     }
     let suites: BTreeSet<_> = played.iter().map(|(case, _)| case.suite).collect();
     let suites: Vec<_> = suites.into_iter().collect();
-    println!(
+    lines.push(format!(
         "\nA distro that is stock or ours, beside a neighbour that is stock → ours, where that \
          makes a difference. Both have a rule with F and one without of the same names, and one \
          of its own name. Numbers are those of {} together, the rest is the worst of them.",
         suites.join(" and ")
-    );
+    ));
+    lines.join("\n")
 }
 
 /// Whether no distro fared worse beside ours than beside stock; says which did.
@@ -375,7 +383,7 @@ fn show() -> anyhow::Result<bool> {
     };
     let played = play_all(&machine, alone, Life::parse)?;
     if !played.is_empty() {
-        print_table(&played)?;
+        document::print("docs/every-wsl.md", "matrix", &table(&played)?)?;
     }
     // Or of one suite, as in CI, where `cargo test` plays most of the other.
     let mut suites = NEIGHBOURS.to_vec();
@@ -385,7 +393,11 @@ fn show() -> anyhow::Result<bool> {
     ensure!(!suites.is_empty(), "no neighbours on that suite");
     let beside = cases(&suites, &[Some(false), Some(true)]);
     let neighbours = play_all(&machine, beside, Beside::parse)?;
-    print_neighbours(&neighbours);
+    document::print(
+        "docs/neighbours.md",
+        "neighbours",
+        &neighbours_table(&neighbours),
+    )?;
     let good = good_neighbours(&neighbours);
     Ok(held(&played) && good)
 }
