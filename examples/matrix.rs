@@ -4,6 +4,7 @@
 //! same beside a neighbour that is stock and beside one with this project, and prints what
 //! difference that makes. Exit status 1 if it was not as promised.
 
+#[allow(dead_code)] // Each user needs a part of it.
 #[path = "../tests/document/mod.rs"]
 mod document;
 

@@ -30,3 +30,45 @@ pub fn print(file: &str, name: &str, table: &str) -> anyhow::Result<()> {
     let text = format!("{before}{begin}{}\n{end}{after}", table.trim());
     fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
 }
+
+/// An indented block of a document, and what the comment before it says of it.
+#[derive(Debug)]
+pub struct Block {
+    pub mark: String,
+    pub text: String,
+}
+
+/// All indented blocks of a Markdown file.
+///
+/// # Errors
+/// The file cannot be read, or a block has no comment `<!-- ... -->` in the line before the empty one.
+pub fn blocks(file: &str) -> anyhow::Result<Vec<Block>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let mut blocks: Vec<Block> = Vec::new();
+    let (mut mark, mut inside) = (None, false);
+    for line in text.lines() {
+        let comment = line
+            .strip_prefix("<!-- ")
+            .and_then(|line| line.strip_suffix(" -->"));
+        match (comment, line.strip_prefix("    "), blocks.last_mut()) {
+            (Some(comment), _, _) => (mark, inside) = (Some(comment.to_owned()), false),
+            (_, Some(line), Some(block)) if inside => block.text += &format!("{line}\n"),
+            (_, Some(line), _) => {
+                let mark = mark
+                    .take()
+                    .with_context(|| format!("{file}: nothing before {line}"))?;
+                let text = format!("{line}\n");
+                blocks.push(Block { mark, text });
+                inside = true;
+            }
+            (_, None, Some(block)) if inside && line.is_empty() => block.text.push('\n'),
+            _ if line.is_empty() => {}
+            _ => (mark, inside) = (None, false),
+        }
+    }
+    for block in &mut blocks {
+        block.text = format!("{}\n", block.text.trim_end());
+    }
+    Ok(blocks)
+}

@@ -4,8 +4,12 @@
 
 mod by_hand;
 mod debian_package;
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../document/mod.rs"]
+mod document;
 mod faults;
 mod generations;
+mod in_the_image;
 mod neighbours;
 mod order;
 mod others;
@@ -65,6 +69,9 @@ const TESTS: &[&[Test]] = &[
     neighbours::NEIGHBOURS,
 ];
 
+/// Tests that need the Debian package.
+const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
+
 /// Builds the Debian package, which takes a minute, for the first test that needs it.
 fn package_is_built() -> anyhow::Result<()> {
     static BUILT: Mutex<bool> = Mutex::new(false);
@@ -88,8 +95,7 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         [name] => {
-            let with_package = debian_package::DEBIAN_PACKAGE.iter();
-            let mut all = TESTS.iter().copied().flatten().chain(with_package);
+            let mut all = TESTS.iter().chain(WITH_PACKAGE).copied().flatten();
             let test = all.find(|test| test.0 == name);
             test.context("no such test")?.1(vm)
         }
@@ -148,7 +154,7 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
     }
-    for (name, _) in debian_package::DEBIAN_PACKAGE {
+    for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
         let check = |machine: &Machine| {
             package_is_built()?;
             machine.in_vm(&[name]).map(drop)
