@@ -203,8 +203,16 @@ fn table_is_guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A peer keeps what it has, and nothing of this distro is left.
+/// A wipe is healed; then, at poweroff, a peer keeps what it has, and nothing of this distro is left.
 fn stops_without_harm(vm: &Vm, mine: Distro) -> anyhow::Result<()> {
+    vm.write("status", "-1")?;
+    within(SOON, || served(vm))?;
+    within(2 * SOON, || {
+        alone(vm)?;
+        ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));
+        Ok(())
+    })
+    .context("after a wipe")?;
     vm.register(PEERS)?;
     mine.poweroff()?;
     ensure!(vm.launch() == "starts", "{}", vm.launch());
