@@ -57,9 +57,11 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     mount("proc", &inside("/proc"), "proc", "")?;
     mount("sysfs", &inside("/sys"), "sysfs", "")?;
     mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
-    for path in ["/run", "/dev"] {
-        mount("tmpfs", &inside(path), "tmpfs", "mode=755")?;
-    }
+    mount("tmpfs", &inside("/dev"), "tmpfs", "mode=755")?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_STRICTATIME;
+    let run = inside("/run");
+    nix::mount::mount(Some("tmpfs"), &*run, Some("tmpfs"), flags, Some("mode=755"))
+        .with_context(|| format!("mounting {run}"))?;
     // So that what is mounted below is seen in a second mount namespace of the distro, too.
     for path in ["/proc", "/run"] {
         mount("none", &inside(path), "shared", "")?;
@@ -104,8 +106,8 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
         nix::mount::mount(none, "/", none, flags, none)?;
     }
     let error = Command::new("/sbin/init")
+        // Three variables, and no PATH.
         .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .envs(environment.lines().filter_map(|line| line.split_once('=')))
         .stdin(Stdio::null())
         .stdout(console.try_clone()?)
