@@ -439,7 +439,7 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
 /// # Errors
 /// The table cannot be listed, or the file not written.
 pub fn note_before(host: &Host, table: &Table) -> anyhow::Result<()> {
-    let mut names = table.known_names()?.join("\n");
+    let mut names = table.names()?.join("\n");
     names.push('\n');
     host.write(BEFORE, &names)
 }

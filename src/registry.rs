@@ -1,10 +1,12 @@
 //! The kernel's table of binary formats, as Documentation/admin-guide/binfmt-misc.rst has it:
 //! reading it, registering, unregistering, and who gets a Windows program.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::thread;
 use std::time::Duration;
 
@@ -244,6 +246,10 @@ fn magic(text: &str) -> anyhow::Result<Pattern> {
 /// The mounted table.
 pub struct Table {
     directory: Utf8PathBuf,
+    /// What has been read of it, by inode. An entry never changes, but for being enabled and
+    /// disabled: who looks for long has to `forget` it then. Twenty watchers that read a hundred
+    /// entries after each registration would be felt.
+    read: Cell<BTreeMap<u64, Listed>>,
 }
 
 impl Table {
@@ -252,13 +258,37 @@ impl Table {
     /// # Errors
     /// binfmt_misc is not mounted.
     pub fn open(host: &Host) -> anyhow::Result<Table> {
-        let directory = host.path(BINFMT_MISC);
+        let table = Table::unopened(host);
+        table.require().map(|()| table)
+    }
+
+    /// The same, mounted or not.
+    pub fn unopened(host: &Host) -> Table {
+        Table {
+            directory: host.path(BINFMT_MISC),
+            read: Cell::default(),
+        }
+    }
+
+    /// Requires it to be mounted.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn require(&self) -> anyhow::Result<()> {
+        let directory = &self.directory;
         // Only the mounted file system has this file.
         match directory.join("register").try_exists() {
-            Ok(true) => Ok(Table { directory }),
+            Ok(true) => Ok(()),
             Ok(false) => Err(anyhow!("binfmt_misc is not mounted on {directory}")),
             Err(error) => Err(error).context(format!("looking into {directory}")),
         }
+    }
+
+    /// Has the entry of that name read again, or all.
+    pub fn forget(&self, name: Option<&str>) {
+        let mut read = self.read.take();
+        read.retain(|_, listed| name.is_some_and(|name| listed.name != name));
+        self.read.set(read);
     }
 
     /// Keeps other distros' tools of this project out while it is held. The file is the same in all
@@ -277,28 +307,28 @@ impl Table {
         None
     }
 
-    /// The names of all entries, the newest first, as the kernel tries them. It lists a directory
-    /// in that order; neither inode numbers nor times tell which of two is newer.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
-    fn names(&self) -> anyhow::Result<Vec<OsString>> {
-        let names = || -> std::io::Result<Vec<OsString>> {
-            let names = fs::read_dir(&self.directory)?.map(|entry| Ok(entry?.file_name()));
-            let mut names = names.collect::<std::io::Result<Vec<_>>>()?;
-            names.retain(|name| name != "register" && name != "status");
-            Ok(names)
+    /// The names and inodes of all entries, the newest first, as the kernel tries them. It lists a
+    /// directory in that order; neither inode numbers nor times tell which of two is newer.
+    fn list(&self) -> anyhow::Result<Vec<(OsString, u64)>> {
+        let list = || -> std::io::Result<Vec<(OsString, u64)>> {
+            let entries = fs::read_dir(&self.directory)?;
+            let entries = entries.map(|entry| entry.map(|e| (e.file_name(), e.ino())));
+            let mut entries = entries.collect::<std::io::Result<Vec<_>>>()?;
+            entries.retain(|(name, _)| name != "register" && name != "status");
+            Ok(entries)
         };
-        names().with_context(|| format!("listing {}", self.directory))
+        list().with_context(|| format!("listing {}", self.directory))
     }
 
     /// The names of all entries. One that is not UTF-8 is nobody's whom they are noted for.
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn known_names(&self) -> anyhow::Result<Vec<String>> {
-        let names = self.names()?.into_iter();
-        Ok(names.filter_map(|name| name.into_string().ok()).collect())
+    pub fn names(&self) -> anyhow::Result<Vec<String>> {
+        let names = self.list()?.into_iter();
+        Ok(names
+            .filter_map(|(name, _)| name.into_string().ok())
+            .collect())
     }
 
     /// All entries, the newest first. One that is gone since it was listed is passed over.
@@ -306,26 +336,27 @@ impl Table {
     /// # Errors
     /// The directory, or an entry, cannot be read.
     pub fn entries(&self) -> anyhow::Result<Vec<Listed>> {
+        let mut known = self.read.take();
         let mut entries = Vec::new();
-        for name in self.names()? {
+        for (name, inode) in self.list()? {
             let path = self.directory.as_std_path().join(&name);
-            let read = || -> std::io::Result<Listed> {
-                let inode = fs::metadata(&path)?.ino();
-                let text = fs::read(&path)?;
-                let text = String::from_utf8_lossy(&text);
-                Ok(Listed {
-                    name: name.to_string_lossy().into_owned(),
-                    inode,
-                    entry: Entry::parse(&text).unwrap_or_else(|_| Entry::unreadable(&text)),
-                })
-            };
-            match read() {
+            let name = name.to_string_lossy().into_owned();
+            if let Some(listed) = known.remove(&inode).filter(|listed| listed.name == name) {
+                entries.push(listed);
+                continue;
+            }
+            match fs::read(&path) {
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
-                entry => {
-                    entries.push(entry.with_context(|| format!("reading {}", path.display()))?)
+                text => {
+                    let text = text.with_context(|| format!("reading {}", path.display()))?;
+                    let text = String::from_utf8_lossy(&text);
+                    let entry = Entry::parse(&text).unwrap_or_else(|_| Entry::unreadable(&text));
+                    entries.push(Listed { name, inode, entry });
                 }
             }
         }
+        let by_inode = entries.iter().map(|listed| (listed.inode, listed.clone()));
+        self.read.set(by_inode.collect());
         Ok(entries)
     }
 

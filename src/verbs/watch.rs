@@ -79,8 +79,10 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
 struct Change {
     /// There were any.
     wrote: bool,
-    /// The table may have been emptied.
+    /// The table may have been emptied, or anything else have happened.
     flushed: bool,
+    /// The files in it that were written to.
+    names: Vec<String>,
 }
 
 /// The time since somebody began to write to the table.
@@ -92,6 +94,7 @@ struct Burst {
 /// One watcher, between its looks at the table.
 struct Watcher<'a> {
     host: &'a Host,
+    table: Table,
     told: Told<'a>,
     burst: Option<Burst>,
     /// What the kernel reports is not everything, or something failed: another look then.
@@ -112,6 +115,7 @@ impl<'a> Watcher<'a> {
     fn new(host: &'a Host, log: &'a Log) -> Watcher<'a> {
         Watcher {
             host,
+            table: Table::unopened(host),
             told: Told::new(log),
             burst: None,
             again_at: Some(Instant::now()),
@@ -165,6 +169,7 @@ impl<'a> Watcher<'a> {
                 let blind = Change {
                     wrote: false,
                     flushed: true,
+                    names: Vec::new(),
                 };
                 (blind, Some(error))
             }
@@ -174,6 +179,12 @@ impl<'a> Watcher<'a> {
             self.again_at = None;
         }
         self.flushed |= change.flushed;
+        if change.flushed {
+            self.table.forget(None);
+        }
+        for name in &change.names {
+            self.table.forget(Some(name));
+        }
         if change.wrote || (again && self.burst.is_none()) {
             let quiet_at = now + QUIET * self.times + jitter();
             match &mut self.burst {
@@ -206,8 +217,8 @@ impl<'a> Watcher<'a> {
 
     /// Gives Windows programs a stand-in if they need one.
     fn cover(&mut self) -> anyhow::Result<()> {
-        let table = Table::open(self.host)?;
-        let Some(deed) = repair::cover(self.host, &table)? else {
+        self.table.require()?;
+        let Some(deed) = repair::cover(self.host, &self.table)? else {
             return Ok(());
         };
         self.told.deeds(vec![deed]);
@@ -235,14 +246,11 @@ impl<'a> Watcher<'a> {
         }
         // A table that is not there is no longer unsettled.
         self.unsettled.clear();
-        let table = match Table::open(self.host) {
-            Ok(table) => table,
-            Err(error) => {
-                self.unsettled.push(error);
-                self.unsettled.retain(is_failed_call);
-                return;
-            }
-        };
+        if let Err(error) = self.table.require() {
+            self.unsettled.push(error);
+            self.unsettled.retain(is_failed_call);
+            return;
+        }
         let quiet = now >= burst.quiet_at;
         if !quiet {
             self.give_way();
@@ -251,13 +259,14 @@ impl<'a> Watcher<'a> {
                 quiet_at: burst.quiet_at,
             });
         }
-        let flush = self.flushed && repair::interop_went(self.host, &table);
-        let settled = repair::settle(self.host, &table, flush, quiet, Some(&mut self.pending));
+        let table = &self.table;
+        let flush = self.flushed && repair::interop_went(self.host, table);
+        let settled = repair::settle(self.host, table, flush, quiet, Some(&mut self.pending));
         self.unsettled = settled.problems;
         // Or own rules that went with it would be taken for removed on purpose.
         self.flushed &= settled.unread;
         if !settled.unread && !self.pending.is_missing() {
-            let noted = repair::note_interop(self.host, &table);
+            let noted = repair::note_interop(self.host, table);
             self.unsettled.extend(noted.err());
         }
         if self.pending.is_any() {
@@ -393,6 +402,7 @@ impl Reports {
         let mut change = Change {
             wrote: false,
             flushed: false,
+            names: Vec::new(),
         };
         let mut lost = self.inotify.is_none();
         while let Some(inotify) = &self.inotify {
@@ -407,9 +417,17 @@ impl Reports {
             };
             for event in events {
                 let overflown = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
-                let of_status = event.name.is_some_and(|name| name == "status");
+                let name = event
+                    .name
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned();
+                let of_status = name == "status";
                 change.wrote = true;
                 change.flushed |= overflown || of_status;
+                change
+                    .names
+                    .extend(Some(name).filter(|name| name != "register"));
                 lost |= event.mask.contains(AddWatchFlags::IN_IGNORED);
             }
         }

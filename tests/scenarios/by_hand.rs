@@ -194,7 +194,7 @@ fn guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
 fn table_is_guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
     within(SOON, || {
         let mounts = mine.run(&format!("grep {TABLE}/status /proc/1/mountinfo"));
-        ensure!(mounts.contains(" ro,"), "{mounts:?}");
+        ensure!(mounts.contains(" ro"), "{mounts:?}");
         Ok(())
     })?;
     let said = mine.run(&format!("sh -c 'echo -1 >{TABLE}/status'"));
