@@ -60,11 +60,9 @@ pub const ABOVE_EARLY: [&str; 3] = [
 ];
 /// There while systemd runs (sd_booted(3)).
 pub const SYSTEMD: &str = "/run/systemd/system";
-/// PID 1 itself, for root only; and the bus, on which it answers everybody.
-pub const SYSTEMD_SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
 /// Where WSL makes the sockets through which Windows programs start.
 pub const INTEROP_SOCKETS: &str = "/run/WSL";
-const UNIX_SOCKETS: &str = "/proc/net/unix";
+pub const UNIX_SOCKETS: &str = "/proc/net/unix";
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
 /// The mounts of this process's namespace, proc_pid_mounts(5).
@@ -86,14 +84,13 @@ const PID1_ENVIRONMENT: &str = "/proc/1/environ";
 /// What systemd as PID 1 has found in its `container=`.
 const PID1_CONTAINER: &str = "/run/systemd/container";
 /// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
-const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
+pub const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
 /// The mount namespace of the distro, and of this process, namespaces(7).
-pub const DISTRO_MOUNTS: &str = "/proc/1/ns/mnt";
-/// Its root directory.
+pub const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
+/// The root directory of the distro.
 pub const DISTRO_ROOT: &str = "/proc/1/root";
-const OWN_MOUNTS: &str = "/proc/self/ns/mnt";
 /// The command that packages install beside the generator.
-const COMMAND: &str = "/usr/bin/wsl-binfmt";
+pub const COMMAND: &str = "/usr/bin/wsl-binfmt";
 const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// What Docker, Podman and systemd's container interface leave in a container.
 const CONTAINER_MARKERS: [&str; 3] = [
@@ -307,45 +304,10 @@ impl Host {
         Ok(environment.split('\0').find_map(value))
     }
 
-    /// The mounts of the distro as mountinfo has them. Shells may have others than systemd, and it
-    /// is systemd's that count.
-    pub fn mount_info(&self) -> io::Result<String> {
-        let [distro, own] = MOUNT_INFOS;
-        fs::read_to_string(self.path(distro)).or_else(|_| fs::read_to_string(self.path(own)))
-    }
-
-    /// The processes that this one descends from, the nearest first.
-    pub fn ancestors(&self) -> Vec<u32> {
-        let parent = |of: &u32| {
-            let status = self.text(&format!("/proc/{of}/status"));
-            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-            parent.trim().parse().ok().filter(|pid| *pid != 0)
-        };
-        let own = std::os::unix::process::parent_id();
-        std::iter::successors(Some(own).filter(|pid| *pid != 0), parent)
-            .take(64)
-            .collect()
-    }
-
-    /// All sockets that have a path, proc_net(5).
-    ///
-    /// # Errors
-    /// /proc is not mounted.
-    pub fn unix_sockets(&self) -> io::Result<String> {
-        fs::read(self.path(UNIX_SOCKETS)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-    }
-
     /// Whether the mounts of this process are known to be others than the distro's.
     pub fn is_elsewhere_mounted(&self) -> bool {
-        let [distro, own] = [DISTRO_MOUNTS, OWN_MOUNTS].map(|path| fs::read_link(self.path(path)));
+        let [distro, own] = MOUNT_NAMESPACES.map(|path| fs::read_link(self.path(path)));
         matches!((distro, own), (Ok(distro), Ok(own)) if distro != own)
-    }
-
-    /// Whether there is a file or directory that we may not read.
-    pub fn is_denied(&self, absolute: &str) -> bool {
-        let path = self.path(absolute);
-        let opened = open_without_blocking(&path);
-        opened.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
     }
 
     /// The names in a directory, sorted; none if it cannot be read.
@@ -370,17 +332,6 @@ impl Host {
         }
         names.sort();
         Ok(names)
-    }
-
-    /// How this program is called by somebody who types.
-    pub fn command(&self) -> String {
-        match executable() {
-            Ok(path) if fs::canonicalize(self.path(COMMAND)).is_ok_and(|c| c == path) => {
-                "wsl-binfmt".to_owned()
-            }
-            Ok(path) => path.into_string(),
-            Err(_) => env!("CARGO_PKG_NAME").to_owned(),
-        }
     }
 
     /// A file's text, empty where it cannot be read: for facts that are then simply unknown.

@@ -21,6 +21,7 @@
 )]
 
 mod binfmt_d;
+mod doctor;
 mod host;
 mod interop;
 mod log;
@@ -29,7 +30,6 @@ mod own;
 mod plan;
 mod registry;
 mod repair;
-mod systemd;
 mod units;
 mod verbs;
 mod wsl;

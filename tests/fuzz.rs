@@ -45,11 +45,6 @@ fn mounts() -> anyhow::Result<()> {
 }
 
 #[test]
-fn systemd() -> anyhow::Result<()> {
-    fuzz("systemd", 10_000)
-}
-
-#[test]
 fn files() -> anyhow::Result<()> {
     fuzz("files", 5_000)
 }

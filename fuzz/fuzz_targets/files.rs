@@ -9,10 +9,11 @@ use std::sync::OnceLock;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use libfuzzer_sys::fuzz_target;
+use wsl_binfmt_generator_fuzz::doctor::facts::{Files, Session};
+use wsl_binfmt_generator_fuzz::doctor::leftovers;
+use wsl_binfmt_generator_fuzz::doctor::report::State;
 use wsl_binfmt_generator_fuzz::host::Host;
-use wsl_binfmt_generator_fuzz::report::State;
 use wsl_binfmt_generator_fuzz::verbs::unit::release;
-use wsl_binfmt_generator_fuzz::{leftovers, sockets, Wanted};
 
 const TABLE: &str = "/proc/sys/fs/binfmt_misc";
 const RECORDS: [&str; 2] = ["systemd-binfmt.rules", "binfmt-support.rules"];
@@ -145,21 +146,21 @@ fn listened(text: &str) {
     let (host, root) = host();
     let text = text.replace('@', root.as_str());
     fs::write(below(root, "/proc/net/unix"), &text).unwrap();
-    let found = sockets::check(&host, &Wanted);
+    let session = Session::read(&host).unwrap();
+    let is_good = session.variable.is_some_and(|socket| socket.is_alive);
     let listened_on = text.lines().any(|line| {
         let path = line.find(" /").map(|at| &line[at + 1..]);
         let flags = line.split_ascii_whitespace().nth(3).unwrap_or_default();
         let flags = u32::from_str_radix(flags, 16).unwrap_or_default();
         path == Some(below(root, SOCKET).as_str()) && flags >> 16 & 1 == 1
     });
-    let is_good = found.iter().all(|finding| finding.state == State::Good);
     assert_eq!(is_good, listened_on, "{text:?}");
 }
 
 fn drop_in(text: &str) {
     let (host, root) = host();
     fs::write(below(root, DROP_IN), text).unwrap();
-    let found = leftovers::check(&host, "");
+    let found = leftovers::check(&Files::read(&host));
     let registers = |text: &str| {
         let names_it = text.contains("WSLInterop") || text.contains(":MZ:");
         names_it && text.contains("register")

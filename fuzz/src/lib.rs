@@ -7,12 +7,12 @@
 
 #[path = "../../src/binfmt_d.rs"]
 pub mod binfmt_d;
+#[path = "../../src/doctor/mod.rs"]
+pub mod doctor;
 #[path = "../../src/host.rs"]
 pub mod host;
 #[path = "../../src/interop.rs"]
 pub mod interop;
-#[path = "../../src/verbs/status/leftovers.rs"]
-pub mod leftovers;
 #[path = "../../src/log.rs"]
 pub mod log;
 #[path = "../../src/mounts.rs"]
@@ -25,12 +25,6 @@ pub mod plan;
 pub mod registry;
 #[path = "../../src/repair.rs"]
 pub mod repair;
-#[path = "../../src/verbs/status/report.rs"]
-pub mod report;
-#[path = "../../src/verbs/status/interop.rs"]
-pub mod sockets;
-#[path = "../../src/systemd.rs"]
-pub mod systemd;
 #[path = "../../src/units.rs"]
 pub mod units;
 #[path = "../../src/verbs/mod.rs"]
@@ -39,18 +33,3 @@ pub mod verbs;
 pub mod wsl;
 #[path = "../../src/wsl_conf.rs"]
 pub mod wsl_conf;
-
-/// As much of `status.rs`, which keeps its own, as the checks here need.
-pub struct Wanted;
-
-impl Wanted {
-    fn interop(
-        &self,
-        check: &'static str,
-        harm: report::Harm,
-        found: String,
-        mend: report::Mend,
-    ) -> report::Finding {
-        report::Finding::bad(check, harm, found, mend)
-    }
-}

@@ -13,8 +13,8 @@ use nix::sched::{setns, CloneFlags};
 use nix::unistd::{chroot, fchdir};
 
 use crate::host::{
-    Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_MOUNTS, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP,
-    LOCAL_UNITS,
+    Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP,
+    LOCAL_UNITS, MOUNT_NAMESPACES,
 };
 use crate::log::Log;
 use crate::own::{self, Unit};
@@ -118,7 +118,8 @@ pub fn join_distro(host: &Host) -> anyhow::Result<()> {
     if !host.is_elsewhere_mounted() {
         return Ok(());
     }
-    let [mounts, root] = [DISTRO_MOUNTS, DISTRO_ROOT].map(|path| host.path(path));
+    let [distro, _] = MOUNT_NAMESPACES;
+    let [mounts, root] = [distro, DISTRO_ROOT].map(|path| host.path(path));
     let open = |path| File::open(path).with_context(|| format!("opening {path}"));
     let (namespace, directory) = (open(&mounts)?, open(&root)?);
     setns(namespace, CloneFlags::CLONE_NEWNS)

@@ -48,7 +48,8 @@ fn live(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
     let hammer = vm.hammer();
     install(&mine, "package")?;
     let status = look(&mine, "", "");
-    let bad: Vec<_> = status.lines().filter(|l| l.starts_with("bad")).collect();
+    let is_bad = |line: &&str| line.starts_with("error") || line.starts_with("warning");
+    let bad: Vec<_> = status.lines().filter(is_bad).collect();
     // In a shell without a WSL terminal there is no socket for Windows programs.
     ensure!(bad.len() == 1 && bad[0].contains("WSL_INTEROP"), "{status}");
     restart(&mine)?;

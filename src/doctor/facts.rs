@@ -1,0 +1,486 @@
+//! What the doctor goes by: all is read here, once, side by side and under one deadline. Nothing is
+//! judged here. What hangs is left behind in its thread, and holds up nobody.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::mpsc::{channel, Receiver};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::Context;
+use camino::{Utf8Path, Utf8PathBuf};
+use nix::errno::Errno;
+use nix::sys::memfd::{memfd_create, MFdFlags};
+use nix::unistd::fexecve;
+
+use super::report::Finding;
+use super::services::UNITS;
+use super::systemctl::{Show, Unit};
+use super::table::KIND;
+use crate::binfmt_d::{self, Rule};
+use crate::host::{
+    self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
+    LOCAL_UNITS, MOUNT_INFOS, MOUNT_NAMESPACES, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
+};
+use crate::mounts;
+use crate::own;
+use crate::registry::{self, Listed};
+use crate::verbs::generate::{self, Decision};
+use crate::wsl::{self, Environment, Verdict};
+
+/// Something that was to be found out.
+#[derive(Default)]
+pub enum Fact<T> {
+    /// It did not answer in time.
+    #[default]
+    Silent,
+    /// It cannot be, for this reason.
+    Failed(String),
+    /// This is it.
+    Is(T),
+}
+
+impl<T> Fact<T> {
+    /// What came of reading it.
+    pub fn of(read: anyhow::Result<T>) -> Fact<T> {
+        match read {
+            Ok(value) => Fact::Is(value),
+            Err(error) => Fact::Failed(format!("{error:#}")),
+        }
+    }
+
+    /// The value, or the finding that there is none. `what` was asked.
+    pub fn known(&self, check: &'static str, what: &str) -> Result<&T, Finding> {
+        Err(match self {
+            Fact::Is(value) => return Ok(value),
+            Fact::Failed(why) => Finding::unknown(check, why.as_str()),
+            Fact::Silent => {
+                let found = format!("{what} hangs: no answer within 2 seconds");
+                Finding::unknown(check, found)
+            }
+        })
+    }
+}
+
+/// All that is known of a machine.
+#[derive(Default)]
+pub struct Facts {
+    /// Where this is. Only of a WSL2 distro more is read.
+    pub place: Fact<Place>,
+    /// wsl.conf, and what follows from it.
+    pub conf: Fact<Decision>,
+    /// Files of systemd's, of ours, and of binfmt.d.
+    pub files: Fact<Files>,
+    /// The kernel's table.
+    pub table: Fact<Table>,
+    /// What systemd says.
+    pub units: Fact<Vec<Unit>>,
+    /// The shell that asks.
+    pub session: Fact<Session>,
+}
+
+/// Puts what was read where it belongs.
+pub type Fill = Box<dyn FnOnce(&mut Facts) + Send>;
+
+/// Reads in a thread of its own. Without one there is no answer.
+pub fn in_thread(read: Box<dyn FnOnce() -> Fill + Send>) -> Receiver<Fill> {
+    let (tell, told) = channel();
+    // Nobody may listen any more.
+    let _ = thread::Builder::new().spawn(move || drop(tell.send(read())));
+    told
+}
+
+macro_rules! reader {
+    ($fact:ident, $read:expr) => {
+        |host| {
+            let read = Fact::of($read(&host));
+            Box::new(move |facts| facts.$fact = read)
+        }
+    };
+}
+
+impl Facts {
+    /// Reads all of it, as far as there is an answer until then.
+    pub fn read(host: &Host, deadline: Instant) -> Facts {
+        let mut facts = Facts::default();
+        let start = |read: fn(Host) -> Fill| {
+            let host = host.clone();
+            in_thread(Box::new(move || read(host)))
+        };
+        facts.fill(&start(reader!(place, Place::read)), deadline);
+        let has_systemd = match &facts.place {
+            Fact::Is(place) if place.verdict == Verdict::Wsl2 => place.has_systemd,
+            _ => return facts,
+        };
+        let show = has_systemd.then(|| Show::start(UNITS));
+        match &show {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => facts.units = Fact::Failed(format!("{error:#}")),
+            None => facts.units = Fact::Is(Vec::new()),
+        }
+        let told = [
+            start(reader!(conf, |host| Ok(generate::decide(host)))),
+            start(reader!(files, |host| Ok(Files::read(host)))),
+            start(reader!(session, Session::read)),
+            // Last: while it asks the kernel to execute something, no thread can be started.
+            start(reader!(table, Table::read)),
+        ];
+        let shown = show.iter().flatten().map(|show| &show.said);
+        for told in told.iter().chain(shown) {
+            facts.fill(told, deadline);
+        }
+        facts
+    }
+
+    fn fill(&mut self, told: &Receiver<Fill>, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Ok(fill) = told.recv_timeout(left) {
+            fill(self);
+        }
+    }
+}
+
+/// Where this is.
+pub struct Place {
+    /// What the generator makes of it.
+    pub verdict: Verdict,
+    /// /init is there.
+    pub has_init: bool,
+    /// WSL's own version, which only root can see.
+    pub version: Result<Option<String>, ErrorKind>,
+    /// systemd is PID 1.
+    pub has_systemd: bool,
+    /// How this program is called by somebody who types.
+    pub command: String,
+    /// The mounts of this shell are known to be others than the distro's.
+    pub has_own_mounts: bool,
+}
+
+impl Place {
+    fn read(host: &Host) -> anyhow::Result<Place> {
+        let files = host.files();
+        let version = host.pid1_variable("container_host_version_id");
+        let namespaces = MOUNT_NAMESPACES.map(|path| fs::read_link(host.path(path)));
+        let installed = fs::canonicalize(host.path(COMMAND));
+        let command = match host::executable() {
+            Ok(path) if installed.is_ok_and(|installed| installed == path) => "wsl-binfmt".into(),
+            Ok(path) => path.into_string(),
+            Err(_) => env!("CARGO_PKG_NAME").into(),
+        };
+        Ok(Place {
+            has_init: files.init_executable,
+            // The variables of a generator are not those of a shell.
+            verdict: wsl::verdict(&Environment::default(), || files),
+            version: version.map_err(|error| error.kind()),
+            has_systemd: host.path(SYSTEMD).exists(),
+            command,
+            has_own_mounts: matches!(namespaces, [Ok(distro), Ok(own)] if distro != own),
+        })
+    }
+}
+
+/// Files of systemd's, of ours, and of binfmt.d.
+#[derive(Default)]
+pub struct Files {
+    /// The generator where systemd looks for it, the first counting most: its path, the file that
+    /// this leads to, and what systemd makes of it.
+    pub generators: Vec<(Utf8PathBuf, Utf8PathBuf, Fate)>,
+    /// This program.
+    pub executable: Utf8PathBuf,
+    /// What the generator has written, by paths: the text of a file, or `link to` somewhere.
+    pub written: BTreeMap<String, String>,
+    /// The rules of binfmt.d.
+    pub rules: Vec<Rule>,
+    /// Files of binfmt.d that only root can read.
+    pub denied: Vec<String>,
+    /// The rules of update-binfmts(8), by name.
+    pub formats: Vec<String>,
+    /// What either service has registered, by name, as it was written down then.
+    pub recorded: [Vec<String>; 2],
+    /// What overrides units of ours.
+    pub above: Vec<String>,
+    /// Drop-ins of any unit: their paths and texts.
+    pub drop_ins: Vec<(String, String)>,
+    /// Units that the admin has started by something: their names, paths and texts.
+    pub enabled: Vec<[String; 3]>,
+    /// Links to a unit of older WSL, which is gone.
+    pub dangling: Vec<String>,
+}
+
+/// What systemd makes of a file where it looks for generators.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fate {
+    /// It keeps others of its name from being run.
+    Masks,
+    /// It is passed over.
+    NotExecutable,
+    /// It is run.
+    Runs,
+    /// It is run, and everybody may write to it.
+    WritableByAll,
+}
+
+impl Files {
+    /// Reads them. What cannot be read is as if it were empty.
+    pub fn read(host: &Host) -> Files {
+        let mut denied = binfmt_d::files(host);
+        denied.retain(|path| {
+            let read = host.read(path);
+            read.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+        });
+        let mut files = Files {
+            executable: host::executable().unwrap_or_default(),
+            rules: binfmt_d::rules(host),
+            denied,
+            formats: host.names(FORMATS),
+            recorded: own::Unit::ALL
+                .map(|unit| recorded(&host.text(&format!("{STATE}/{}.rules", unit.name())))),
+            ..Files::default()
+        };
+        files.read_generator(host);
+        for directory in ABOVE_EARLY {
+            let units = UNITS.map(|unit| format!("{directory}/{unit}"));
+            let above = units.into_iter();
+            let above = above.filter(|path| host.path(path).symlink_metadata().is_ok());
+            files.above.extend(above);
+        }
+        for directory in [&ABOVE_EARLY[..], &LOCAL_UNITS, &VENDOR_UNITS].concat() {
+            let names = host.names(directory).into_iter();
+            for name in names.filter(|name| {
+                [".d", ".wants", ".requires"]
+                    .iter()
+                    .any(|end| name.ends_with(end))
+            }) {
+                let inside = format!("{directory}/{name}");
+                for file in host.names(&inside) {
+                    files.read_unit(host, &inside, file);
+                }
+            }
+        }
+        files
+    }
+
+    fn read_generator(&mut self, host: &Host) {
+        for directory in GENERATORS {
+            let path = host.path(directory).join(env!("CARGO_PKG_NAME"));
+            let real = path.canonicalize_utf8().unwrap_or_else(|_| path.clone());
+            let known = self.generators.iter().any(|(_, other, _)| *other == real);
+            if let Some(fate) = fate(&path).filter(|_| !known) {
+                self.generators.push((path, real, fate));
+            }
+        }
+        for name in host.names(EARLY) {
+            let inside = host.names(&format!("{EARLY}/{name}")).into_iter();
+            let inside = inside.map(|file| format!("{name}/{file}"));
+            for path in inside.chain([name.clone()]) {
+                let text = match host.path(EARLY).join(&path).read_link_utf8() {
+                    Ok(target) => format!("link to {target}"),
+                    Err(_) => host.text(&format!("{EARLY}/{path}")),
+                };
+                self.written.insert(path, text);
+            }
+        }
+    }
+
+    /// Reads what is in a directory of drop-ins, or of links that systemd follows.
+    fn read_unit(&mut self, host: &Host, directory: &str, file: String) {
+        let path = format!("{directory}/{file}");
+        let below = host.path(&path);
+        if directory.ends_with(".d") {
+            self.drop_ins.push((path.clone(), host.text(&path)));
+        } else if file == "wsl-binfmt.service" && below.is_symlink() && !below.exists() {
+            self.dangling.push(path);
+        } else if !VENDOR_UNITS.iter().any(|vendor| path.starts_with(vendor)) {
+            // What a timer or a path starts is called as it is.
+            let stem = file.rsplit_once('.').map_or(&*file, |(stem, _)| stem);
+            let service = match stem.split_once('@') {
+                Some((template, _)) => format!("{template}@.service"),
+                None => format!("{stem}.service"),
+            };
+            let mut all = LOCAL_UNITS.iter().chain(&VENDOR_UNITS);
+            let path = all.find(|unit| host.path(unit).join(&service).exists());
+            let path = path.map(|unit| format!("{unit}/{service}"));
+            let unit = path.map(|path| [file, path.clone(), host.text(&path)]);
+            self.enabled.extend(unit);
+        }
+    }
+}
+
+fn fate(path: &Utf8Path) -> Option<Fate> {
+    let is_null = path.read_link_utf8().is_ok_and(|to| to == "/dev/null");
+    let metadata = fs::metadata(path).ok()?;
+    let mode = metadata.permissions().mode();
+    match metadata.is_file() {
+        _ if is_null => Some(Fate::Masks),
+        true if metadata.len() == 0 => Some(Fate::Masks),
+        true if mode & 0o111 == 0 => Some(Fate::NotExecutable),
+        true if mode & 0o002 != 0 => Some(Fate::WritableByAll),
+        true => Some(Fate::Runs),
+        false => None,
+    }
+}
+
+/// The names in a record, each line of which has two words before a rule.
+fn recorded(record: &str) -> Vec<String> {
+    let rules = record.lines().filter_map(|line| line.splitn(3, ' ').nth(2));
+    let named = rules.flat_map(|rule| binfmt_d::parse(rule, ""));
+    named.map(|rule| rule.name).collect()
+}
+
+/// The kernel's table.
+pub struct Table {
+    /// The type of the file system in its place.
+    pub mounted: Option<String>,
+    /// The entries, the newest first as the kernel tries them; none if it cannot be seen.
+    pub entries: Option<Vec<Listed>>,
+    /// What its status file says.
+    pub state: String,
+    /// What is mounted on its status file.
+    pub cover: Option<String>,
+    /// What the kernel does with a Windows program.
+    pub probe: Probe,
+}
+
+/// What the kernel does with a file that begins with `MZ`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Probe {
+    /// Some interpreter takes it.
+    Taken,
+    /// None does: "Exec format error".
+    Refused,
+    /// This kernel cannot be asked.
+    Unknown,
+}
+
+impl Table {
+    fn read(host: &Host) -> anyhow::Result<Table> {
+        // Shells may have other mounts than systemd, whose count; but only root can see them.
+        let [distro, own] = MOUNT_INFOS.map(|path| host.path(path));
+        let mounts = fs::read_to_string(distro).or_else(|_| fs::read_to_string(own));
+        let mounts = mounts.context("reading the list of mounts")?;
+        let directory = host.path(BINFMT_MISC);
+        let on_it = mounts::on(&mounts, directory.as_str());
+        let table = on_it.as_ref().filter(|on| on.kind == KIND);
+        let status = directory.join("status");
+        let cover = table.and_then(|table| mounts::within(&mounts, status.as_str(), table));
+        // Whatever else is there is not touched: nobody may serve it.
+        let open = table.and_then(|_| registry::Table::open(host).ok());
+        Ok(Table {
+            mounted: on_it.as_ref().map(|on| on.kind.to_owned()),
+            state: match open {
+                Some(_) => host.text(&format!("{BINFMT_MISC}/status")).trim().into(),
+                None => String::new(),
+            },
+            entries: open.map(|table| table.entries()).transpose()?,
+            // The file itself covers nothing.
+            cover: cover.filter(|on| on.kind != KIND).map(|on| on.root.into()),
+            probe: probe(),
+        })
+    }
+}
+
+/// Asks the kernel, without anything being started: an interpreter could not open a file that is
+/// closed on exec, so the kernel has found one when it says ENOENT, execveat(2). For four bytes
+/// that can be printed it does not go looking for a module.
+fn probe() -> Probe {
+    let ask = || -> io::Result<Infallible> {
+        let program = memfd_create(c"wsl-binfmt-probe", MFdFlags::MFD_CLOEXEC)?;
+        let mut program = File::from(program);
+        program.write_all(b"MZ  ")?;
+        let nothing: [CString; 0] = [];
+        Ok(fexecve(program, &[c"wsl-binfmt-probe"], &nothing)?)
+    };
+    let errno = match ask() {
+        Ok(never) => match never {},
+        Err(error) => error.raw_os_error().map(Errno::from_raw),
+    };
+    match errno {
+        Some(Errno::ENOENT) => Probe::Taken,
+        Some(Errno::ENOEXEC) => Probe::Refused,
+        _ => Probe::Unknown,
+    }
+}
+
+/// The sockets through which /init has a program started on Windows. As WSL has it
+/// (UtilConnectToInteropServer), that of `$WSL_INTEROP`, or if there is none, of the nearest
+/// ancestor.
+#[derive(Default)]
+pub struct Session {
+    /// `$WSL_INTEROP`.
+    pub variable: Option<Socket>,
+    /// That of the nearest ancestor that has one.
+    pub inherited: Option<Socket>,
+    /// Another one of WSL's on which somebody listens.
+    pub other: Option<String>,
+}
+
+/// A socket's path, and what is there.
+pub struct Socket {
+    /// Its path.
+    pub path: String,
+    /// It is there.
+    pub exists: bool,
+    /// Somebody listens on it.
+    pub is_alive: bool,
+}
+
+impl Session {
+    /// Reads the list of sockets. Connecting would tell too, but also reach WSL, and could hang.
+    ///
+    /// # Errors
+    /// /proc is not mounted.
+    pub fn read(host: &Host) -> anyhow::Result<Session> {
+        let sockets = fs::read(host.path(UNIX_SOCKETS)).context("reading the list of sockets")?;
+        let sockets = String::from_utf8_lossy(&sockets);
+        let look = |path: String| {
+            let below = host.path(&path);
+            let real = below.canonicalize_utf8().unwrap_or_else(|_| below.clone());
+            Socket {
+                exists: below.exists(),
+                is_alive: sockets.lines().any(|line| listens(line, &real)),
+                path,
+            }
+        };
+        let of_wsl = |name: String| look(format!("{INTEROP_SOCKETS}/{name}"));
+        // Everybody may make files there. WSL's own are root's, and called `PID_interop`.
+        let is_wsls = |name: &String| {
+            let number = name.strip_suffix("_interop").unwrap_or_default();
+            let path = host.path(INTEROP_SOCKETS).join(name);
+            number.parse::<u32>().is_ok() && path.metadata().is_ok_and(|m| m.uid() == 0)
+        };
+        let names = host.names(INTEROP_SOCKETS).into_iter();
+        let mut others = names.filter(is_wsls).map(of_wsl);
+        let ancestors = ancestors(host).into_iter();
+        let mut inherited = ancestors.map(|pid| of_wsl(format!("{pid}_interop")));
+        Ok(Session {
+            variable: host::variable("WSL_INTEROP").map(look),
+            inherited: inherited.find(|socket| socket.exists),
+            other: others.find(|socket| socket.is_alive).map(|s| s.path),
+        })
+    }
+}
+
+/// The processes that this one descends from, the nearest first.
+fn ancestors(host: &Host) -> Vec<u32> {
+    let parent = |of: &u32| {
+        let status = host.text(&format!("/proc/{of}/status"));
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        parent.trim().parse().ok().filter(|pid| *pid != 0)
+    };
+    let own = std::os::unix::process::parent_id();
+    let all = std::iter::successors(Some(own).filter(|pid| *pid != 0), parent);
+    all.take(64).collect()
+}
+
+/// Whether a line of /proc/net/unix (Num, RefCount, Protocol, Flags, Type, St, Inode, Path) is of
+/// this socket, and says by `__SO_ACCEPTCON` in the flags that somebody listens.
+fn listens(line: &str, path: &Utf8Path) -> bool {
+    let mut fields = line.split_ascii_whitespace().skip(3);
+    let flags = fields.next().and_then(|f| u32::from_str_radix(f, 16).ok());
+    let own = line.find(" /").and_then(|at| line.get(at + 1..));
+    flags.is_some_and(|flags| flags & 0x10000 != 0) && own == Some(path.as_str())
+}

@@ -1,0 +1,354 @@
+//! What `status` says: findings, the verdict that follows from them, and their two forms.
+
+use std::fmt::Write;
+
+use crate::wsl::Verdict;
+
+/// What one check found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    /// The check's name, which scripts may rely on.
+    pub check: &'static str,
+    /// What to think of it.
+    pub state: State,
+    /// What was found.
+    pub found: String,
+    /// What mends it.
+    pub mend: Option<Mend>,
+}
+
+/// What to think of a finding, the gravest last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    /// It is as it should be.
+    Good,
+    /// Worth knowing, and no fault.
+    Note,
+    /// It could not be found out.
+    Unknown,
+    /// Windows programs start, and are protected; something beside them is out of order.
+    Degraded,
+    /// They start, but something may end that at any time.
+    Unprotected,
+    /// They do not start, or something else gets them.
+    Broken,
+}
+
+/// What mends a finding.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mend {
+    /// A shell command for root.
+    AsRoot(String),
+    /// A shell command for the shell that asked.
+    InShell(String),
+    /// A file to be edited, and how.
+    Edit(String),
+    /// Something that no command does.
+    ByHand(String),
+}
+
+impl Finding {
+    /// Of any state.
+    pub fn new(check: &'static str, state: State, found: impl Into<String>) -> Finding {
+        Finding {
+            check,
+            state,
+            found: found.into(),
+            mend: None,
+        }
+    }
+
+    /// As it should be.
+    pub fn good(check: &'static str, found: impl Into<String>) -> Finding {
+        Finding::new(check, State::Good, found)
+    }
+
+    /// Worth knowing.
+    pub fn note(check: &'static str, found: impl Into<String>) -> Finding {
+        Finding::new(check, State::Note, found)
+    }
+
+    /// Not to be found out.
+    pub fn unknown(check: &'static str, found: impl Into<String>) -> Finding {
+        Finding::new(check, State::Unknown, found)
+    }
+
+    /// Not to be found out by anybody but root.
+    pub fn denied(check: &'static str, path: &str) -> Finding {
+        Finding::unknown(check, format!("{path}: only root can read it"))
+            .by_hand("ask again as root, with sudo")
+    }
+
+    /// The same, with a shell command for root that mends it. What is shown has to be what is run.
+    pub fn by_root(mut self, command: impl Into<String>) -> Finding {
+        let command = command.into();
+        if printable(&command) != command {
+            return self.by_hand("remove it; its name cannot be shown: \"ls -b\" shows it escaped");
+        }
+        self.mend = Some(Mend::AsRoot(command));
+        self
+    }
+
+    /// The same, with a shell command for the shell that asked.
+    pub fn in_shell(mut self, command: String) -> Finding {
+        self.mend = Some(Mend::InShell(command));
+        self
+    }
+
+    /// The same, with a file to be edited, and how.
+    pub fn edit(mut self, how: String) -> Finding {
+        self.mend = Some(Mend::Edit(how));
+        self
+    }
+
+    /// The same, with something that no command does.
+    pub fn by_hand(mut self, deed: impl Into<String>) -> Finding {
+        self.mend = Some(Mend::ByHand(deed.into()));
+        self
+    }
+}
+
+/// The whole answer.
+pub struct Report {
+    /// The verdict in a word, for scripts.
+    pub verdict: &'static str,
+    /// The verdict in a sentence, for people.
+    pub summary: String,
+    /// Whether there is nothing to mend.
+    pub healthy: bool,
+    /// A line each.
+    pub findings: Vec<Finding>,
+}
+
+impl Report {
+    /// The verdict that follows from what was found in a distro that wants Windows programs to
+    /// start, or does not.
+    pub fn of(findings: Vec<Finding>, interop: bool) -> Report {
+        let worst = findings.iter().map(|finding| finding.state).max();
+        let worst = worst.unwrap_or(State::Good);
+        let (verdict, summary) = match (worst, interop) {
+            (State::Broken, _) => ("broken", "Windows programs do not start as they should."),
+            (State::Unprotected, true) => (
+                "unprotected",
+                "Windows programs start, but nothing protects them: they may stop working at any \
+                 time.",
+            ),
+            (State::Unprotected, false) => (
+                "unprotected",
+                "Windows programs are switched off here, and those of other distros may stop \
+                 working at any time.",
+            ),
+            (State::Degraded, _) => (
+                "degraded",
+                "Windows programs are protected, but something beside them is not in order.",
+            ),
+            (State::Unknown, _) => ("unknown", "Not everything could be found out."),
+            (_, true) => ("healthy", "Windows programs start, and are protected."),
+            (_, false) => (
+                "off",
+                "Windows programs are switched off here, and those of other distros are protected.",
+            ),
+        };
+        let next = match worst {
+            State::Good | State::Note => "",
+            State::Unknown => " See what is said after \"unknown\".",
+            _ => " To fix it, do what is said after \"fix\", from top to bottom.",
+        };
+        Report {
+            verdict,
+            summary: format!("{summary}{next}"),
+            healthy: worst < State::Unknown,
+            findings,
+        }
+    }
+
+    /// Where the generator has no business.
+    pub fn elsewhere(verdict: &Verdict) -> Report {
+        let word = match verdict {
+            Verdict::NotWsl => "not-wsl",
+            Verdict::Wsl1 => "wsl1",
+            Verdict::Container => "container",
+            Verdict::Initrd => "initrd",
+            _ => "unknown",
+        };
+        let reason = verdict.reason().replacen('t', "T", 1);
+        Report {
+            verdict: word,
+            summary: format!("{reason}: nothing to do."),
+            healthy: true,
+            findings: Vec::new(),
+        }
+    }
+
+    /// For people: the verdict, then a line a finding, and one for what mends it.
+    pub fn text(&self, coloured: bool) -> String {
+        let mut text = printable(&self.summary) + "\n\n";
+        for finding in &self.findings {
+            let (word, colour) = match finding.state {
+                State::Good => ("ok", 32),
+                State::Note => ("note", 36),
+                State::Unknown => ("unknown", 35),
+                State::Degraded | State::Unprotected => ("warning", 33),
+                State::Broken => ("error", 31),
+            };
+            let mut line = |word: &str, first: &str, second: &str| {
+                let (on, off) = match coloured {
+                    true => (format!("\x1b[{colour}m"), "\x1b[m"),
+                    false => (String::new(), ""),
+                };
+                let second = printable(second);
+                let _ = writeln!(text, "{on}{word:7}{off}  {first:15}  {second}");
+            };
+            line(word, finding.check, &finding.found);
+            if let Some(mend) = &finding.mend {
+                let (how, what) = mend.parts();
+                let how = how.trim_start_matches("run-").replace('-', " ");
+                let is_note = finding.state == State::Note;
+                line(if is_note { "  hint" } else { "  fix" }, &how, what);
+            }
+        }
+        match self.findings.is_empty() {
+            true => text.trim_end().to_owned() + "\n",
+            false => text,
+        }
+    }
+
+    /// For scripts: one object on one line, as docs/status.schema.json has it.
+    pub fn json(&self) -> String {
+        let finding = |finding: &Finding| {
+            let state = match finding.state {
+                State::Good => "good",
+                State::Note => "note",
+                State::Unknown => "unknown",
+                _ => "bad",
+            };
+            let (check, found) = (quote(finding.check), quote(&finding.found));
+            let mend = finding.mend.as_ref().map(|mend| {
+                let (how, what) = mend.parts();
+                format!("{{\"how\":{},\"what\":{}}}", quote(how), quote(what))
+            });
+            let mend = mend.unwrap_or("null".to_owned());
+            format!("{{\"check\":{check},\"state\":\"{state}\",\"found\":{found},\"mend\":{mend}}}")
+        };
+        let checks: Vec<String> = self.findings.iter().map(finding).collect();
+        format!(
+            "{{\"verdict\":{},\"summary\":{},\"healthy\":{},\"checks\":[{}]}}\n",
+            quote(self.verdict),
+            quote(&self.summary),
+            self.healthy,
+            checks.join(",")
+        )
+    }
+}
+
+impl Mend {
+    /// How, in a word for scripts, and what.
+    fn parts(&self) -> (&'static str, &str) {
+        match self {
+            Mend::AsRoot(command) => ("run-as-root", command),
+            Mend::InShell(command) => ("run-in-this-shell", command),
+            Mend::Edit(file) => ("edit", file),
+            Mend::ByHand(deed) => ("by-hand", deed),
+        }
+    }
+}
+
+/// Names in the table and paths are other people's: none of them may play tricks on a terminal, nor
+/// by the direction of what is written.
+fn printable(text: &str) -> String {
+    let tricky = |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
+    let mask = |c: char| if c.is_control() || tricky(c) { '?' } else { c };
+    text.chars().map(mask).collect()
+}
+
+/// A word of a shell command that is to be run just so, whatever is in a name.
+pub fn word(text: impl AsRef<str>) -> String {
+    let text = text.as_ref();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._:@+=-".contains(c);
+    match !text.is_empty() && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+/// A string of JSON, RFC 8259.
+fn quote(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(quoted, "\\u{:04x}", u32::from(c));
+            }
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(states: &[State]) -> Report {
+        let finding = |state: &State| Finding::new("entry", *state, "x".to_owned());
+        Report::of(states.iter().map(finding).collect(), true)
+    }
+
+    #[test]
+    fn the_gravest_finding_decides_and_the_unknown_is_never_healthy() {
+        use State::{Broken, Degraded, Good, Note, Unknown, Unprotected};
+        for (states, verdict) in [
+            (&[] as &[State], "healthy"),
+            (&[Good, Note], "healthy"),
+            (&[Good, Unknown], "unknown"),
+            (&[Unknown, Degraded], "degraded"),
+            (&[Degraded, Unprotected], "unprotected"),
+            (&[Unprotected, Broken, Degraded], "broken"),
+        ] {
+            let report = of(states);
+            assert_eq!(report.verdict, verdict, "{states:?}");
+            assert_eq!(report.healthy, verdict == "healthy", "{states:?}");
+        }
+        assert_eq!(Report::of(Vec::new(), false).verdict, "off");
+        assert!(Report::of(Vec::new(), false).healthy);
+    }
+
+    #[test]
+    fn nothing_in_a_text_reaches_the_terminal_as_a_command() {
+        let mut report = of(&[State::Note]);
+        report.findings[0].found = "\x1b[2J\nx\u{9b}".to_owned();
+        let line = "\n\nnote     entry            ?[2J?x?\n";
+        assert!(report.text(false).ends_with(line));
+        let coloured = report.text(true);
+        assert!(coloured.contains("\x1b[36mnote   \x1b[m  entry            ?[2J"));
+    }
+
+    #[test]
+    fn a_word_is_one_to_the_shell() {
+        for text in ["/a/b-1.conf", "a b", "$(id)", "it's", "", "a\nb'\u{202e}"] {
+            let command = format!("printf %s {}", word(text));
+            let shell = std::process::Command::new("sh")
+                .args(["-c", &command])
+                .output();
+            assert_eq!(shell.unwrap().stdout, text.as_bytes(), "{command}");
+        }
+        let finding = Finding::note("entry", "x").by_root("rm 'a\nb'");
+        assert!(matches!(finding.mend, Some(Mend::ByHand(_))));
+    }
+
+    #[test]
+    fn any_text_comes_through_json() {
+        let text: String = (0u8..=255).map(char::from).collect::<String>() + "\u{1f600}";
+        let mut report = of(&[State::Good, State::Broken]);
+        report.findings[0].found = text.clone();
+        report.findings[1].mend = Some(Mend::Edit(text.clone()));
+        let json = report.json();
+        assert_eq!(json.lines().count(), 1);
+        let read: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(read["checks"][0]["found"], *text);
+        assert_eq!(read["checks"][1]["mend"]["what"], *text);
+        assert_eq!(read["healthy"], false);
+    }
+}
