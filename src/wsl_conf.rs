@@ -15,8 +15,6 @@ pub struct WslConf {
     pub refused_line: Option<usize>,
     /// Whether it is so long that not all of it was read.
     pub cut: bool,
-    /// `[boot] command=`: what WSL runs as root when the distro starts.
-    pub boot_command: String,
 }
 
 /// In bytes. WSL reads files of any length, but nobody writes a wsl.conf this long: reading stops
@@ -30,7 +28,6 @@ impl Default for WslConf {
             interop_enabled: true,
             refused_line: None,
             cut: false,
-            boot_command: String::new(),
         }
     }
 }

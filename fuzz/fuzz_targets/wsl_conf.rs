@@ -278,13 +278,11 @@ impl Read {
             let value = self.value(section, key).unwrap_or_default();
             !["false", "0"].contains(&&*String::from_utf8_lossy(value).to_ascii_lowercase())
         };
-        let command = self.value("boot", "command").unwrap_or_default();
         WslConf {
             protect_binfmt: on("boot", "protectbinfmt"),
             interop_enabled: on("interop", "enabled"),
             refused_line: self.refused_line,
             cut: self.cut,
-            boot_command: String::from_utf8_lossy(command).into_owned(),
         }
     }
 }
