@@ -54,7 +54,6 @@ pub fn parse(bytes: &[u8]) -> WslConf {
     WslConf {
         protect_binfmt: boolean(value("boot", "protectbinfmt")).unwrap_or(true),
         interop_enabled: boolean(value("interop", "enabled")).unwrap_or(true),
-        boot_command: value("boot", "command").unwrap_or_default().to_owned(),
         refused_line: refused.then(|| reader.line()),
         cut: lines.len() < bytes.len(),
     }

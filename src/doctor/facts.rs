@@ -24,7 +24,7 @@ use super::table::KIND;
 use crate::binfmt_d::{self, Rule};
 use crate::host::{
     self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
-    LOCAL_UNITS, MOUNT_INFOS, MOUNT_NAMESPACES, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
+    LOCAL_UNITS, MOUNT_INFOS, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
 };
 use crate::mounts;
 use crate::own;
@@ -164,7 +164,6 @@ impl Place {
     fn read(host: &Host) -> anyhow::Result<Place> {
         let files = host.files();
         let version = host.pid1_variable("container_host_version_id");
-        let namespaces = MOUNT_NAMESPACES.map(|path| fs::read_link(host.path(path)));
         let installed = fs::canonicalize(host.path(COMMAND));
         let command = match host::executable() {
             Ok(path) if installed.is_ok_and(|installed| installed == path) => "wsl-binfmt".into(),
@@ -172,13 +171,13 @@ impl Place {
             Err(_) => env!("CARGO_PKG_NAME").into(),
         };
         Ok(Place {
-            has_init: files.init_executable,
+            has_init: files.init,
             // The variables of a generator are not those of a shell.
             verdict: wsl::verdict(&Environment::default(), || files),
             version: version.map_err(|error| error.kind()),
             has_systemd: host.path(SYSTEMD).exists(),
             command,
-            has_own_mounts: matches!(namespaces, [Ok(distro), Ok(own)] if distro != own),
+            has_own_mounts: host.is_elsewhere_mounted(),
         })
     }
 }

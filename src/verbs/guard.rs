@@ -13,8 +13,8 @@ use nix::sched::{setns, CloneFlags};
 use nix::unistd::{chroot, fchdir};
 
 use crate::host::{
-    Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP,
-    LOCAL_UNITS, MOUNT_NAMESPACES,
+    Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS,
+    MOUNT_NAMESPACES,
 };
 use crate::log::Log;
 use crate::own::{self, Unit};

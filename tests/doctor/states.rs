@@ -126,7 +126,7 @@ fn unit(facts: &mut Facts, at: usize, properties: &str) {
 
 fn conf(facts: &mut Facts, text: &str) {
     let decision = is(&mut facts.conf);
-    decision.conf = crate::wsl_conf::parse(text.as_bytes()).unwrap();
+    decision.conf = crate::wsl_conf::parse(text.as_bytes());
     decision.reading = Reading::Done;
     decision.plan = plan::plan(&decision.conf, &Neighbors::default());
 }
