@@ -4,6 +4,7 @@ use std::sync::{mpsc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use wsl_vm::Distro;
 
 use crate::promises::{state, Expect, Scenario, Setting};
@@ -356,20 +357,12 @@ pub const SOFT_REBOOT: &[Scenario] = &[Scenario {
     play: |setting| {
         let mine = setting.mine().boot()?;
         setting.vm.renew_interop()?;
-        let boot =
-            |mine: &Distro| mine.run("systemctl show --property=UserspaceTimestampMonotonic");
-        let before = boot(&mine);
+        let before = userspace(&mine).context("it does not run")?;
+        let answer = mine.run("systemctl --no-block soft-reboot");
         let start = Instant::now();
-        let mut asked: Option<Instant> = None;
-        while boot(&mine) == before || !state(&mine).ends_with("running") {
-            // Now and then the first request comes to nothing: one asks again.
-            let in_vain = |asked: Instant| asked.elapsed() > Duration::from_secs(10);
-            if asked.is_none_or(in_vain) && boot(&mine) == before {
-                mine.run("systemctl --no-block soft-reboot");
-                asked = Some(Instant::now());
-            }
-            let up = start.elapsed() < Duration::from_secs(60);
-            anyhow::ensure!(up, "{}", state(&mine));
+        while userspace(&mine).is_none_or(|now| now == before) {
+            let up = start.elapsed() < Duration::from_secs(120);
+            anyhow::ensure!(up, "'{answer}', and then {}", state(&mine));
             thread::sleep(Duration::from_millis(50));
         }
         Ok(vec![
@@ -391,6 +384,15 @@ pub const SOFT_REBOOT: &[Scenario] = &[Scenario {
         ],
     },
 }];
+
+/// When the distro's userspace started, once all of it has.
+fn userspace(distro: &Distro) -> Option<u64> {
+    let shown = distro.run("systemctl show --property=UserspaceTimestampMonotonic,SystemState");
+    let value = |name| shown.lines().find_map(|line| line.strip_prefix(name));
+    let runs = value("SystemState=") == Some("running");
+    let start = value("UserspaceTimestampMonotonic=").filter(|_| runs);
+    start?.parse().ok()
+}
 
 /// One of many, with a rule of its own. Python's, which all would have, is left out: where two of
 /// systemd-binfmt register the same name in the same instant, one fails with "File exists", which

@@ -237,8 +237,8 @@ pub struct Distro {
 }
 
 impl Distro {
-    /// A command to be run in the distro, for so many seconds; with 0, until the VM ends.
-    fn command_within(&self, seconds: u64) -> Command {
+    /// What enters the distro, for so many seconds; with 0, until the VM ends.
+    fn enter_within(&self, seconds: u64) -> Command {
         let mut command = Command::new("timeout");
         command
             .arg(seconds.to_string())
@@ -252,24 +252,31 @@ impl Distro {
         command
     }
 
-    /// A command to be run in the distro.
+    /// A shell that enters the distro and runs a command in another one, whose errors go to its
+    /// output. It would be nsenter that waits otherwise: that stops when its child is stopped, as
+    /// systemd does with all processes at soft-reboot and poweroff, and nobody has it continue.
+    fn shell_within(&self, seconds: u64, command: &str) -> Command {
+        let mut shell = self.enter_within(seconds);
+        shell.args(["--no-fork", "sh", "-c", "sh -c \"$0\" 2>&1; exit", command]);
+        shell
+    }
+
+    /// A command to be run in the distro, which does not shut down meanwhile.
     pub fn command(&self) -> Command {
-        let mut command = self.command_within(TIMEOUT.as_secs());
+        let mut command = self.enter_within(TIMEOUT.as_secs());
         command.stdin(Stdio::null());
         command
     }
 
     /// A shell in the distro, yet to be started, that runs a command; errors go to its output.
     pub fn shell(&self, command: &str) -> Command {
-        let mut shell = self.command_within(0);
-        shell.args(["sh", "-c", &format!("exec 2>&1; {command}")]);
-        shell
+        self.shell_within(0, command)
     }
 
     /// What a shell command in the distro prints, errors included.
     pub fn run(&self, command: &str) -> String {
-        let mut shell = self.command();
-        shell.args(["sh", "-c", &format!("exec 2>&1; {command}")]);
+        let mut shell = self.shell_within(TIMEOUT.as_secs(), command);
+        shell.stdin(Stdio::null());
         match shell.output() {
             Ok(output) => {
                 String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
