@@ -183,7 +183,7 @@ impl Report {
     /// For people: the verdict, then a line a finding, and one for what mends it.
     pub fn text(&self, coloured: bool) -> String {
         let mut text = printable(&self.summary) + "\n\n";
-        for finding in &self.findings {
+        for (at, finding) in self.findings.iter().enumerate() {
             let (word, colour) = match finding.state {
                 State::Good => ("ok", 32),
                 State::Note => ("note", 36),
@@ -197,10 +197,15 @@ impl Report {
                     false => (String::new(), ""),
                 };
                 let second = printable(second);
-                let _ = writeln!(text, "{on}{word:7}{off}  {first:15}  {second}");
+                let rest = format!("{first:15}  {second}");
+                let _ = writeln!(text, "{on}{word:7}{off}  {}", rest.trim_end());
             };
             line(word, finding.check, &finding.found);
-            if let Some(mend) = &finding.mend {
+            // Done once it need not be done again, and may fail then.
+            let mut before = self.findings.iter().take(at);
+            if before.any(|earlier| earlier.mend.is_some() && earlier.mend == finding.mend) {
+                line("  fix", "as above", "");
+            } else if let Some(mend) = &finding.mend {
                 let (how, what) = mend.parts();
                 let how = how.trim_start_matches("run-").replace('-', " ");
                 let is_note = finding.state == State::Note;
