@@ -91,6 +91,10 @@ pub const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
 pub const DISTRO_ROOT: &str = "/proc/1/root";
 /// The command that packages install beside the generator.
 pub const COMMAND: &str = "/usr/bin/wsl-binfmt";
+/// Links that systemd makes while a unit is active; the unit's name follows.
+pub const INVOCATIONS: &str = "/run/systemd/units/invocation:";
+/// Where each systemd that is PID 1 listens.
+pub const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// What Docker, Podman and systemd's container interface leave in a container.
 const CONTAINER_MARKERS: [&str; 3] = [
@@ -185,8 +189,24 @@ impl Host {
     /// # Errors
     /// It cannot be looked at.
     pub fn modified(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
+        self.time_of(absolute, |path| fs::metadata(path))
+    }
+
+    /// When a link was made; none if there is none.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn link_made(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
+        self.time_of(absolute, |path| fs::symlink_metadata(path))
+    }
+
+    fn time_of(
+        &self,
+        absolute: &str,
+        look: fn(&Utf8Path) -> io::Result<fs::Metadata>,
+    ) -> anyhow::Result<Option<(i64, i64)>> {
         let path = self.path(absolute);
-        match fs::metadata(&path) {
+        match look(&path) {
             Err(error) if is_missing(&error) => Ok(None),
             metadata => metadata
                 .map(|m| Some((m.mtime(), m.mtime_nsec())))
@@ -302,6 +322,23 @@ impl Host {
                 .map(str::to_owned)
         };
         Ok(environment.split('\0').find_map(value))
+    }
+
+    /// Whether another distro of the VM runs systemd, by proc_net(5): a socket is listed in all mount
+    /// namespaces, and the distros of a VM have one network.
+    ///
+    /// # Errors
+    /// The sockets cannot be listed.
+    pub fn is_one_of_many(&self) -> anyhow::Result<bool> {
+        let path = self.path(UNIX_SOCKETS);
+        let sockets = fs::read(&path).with_context(|| format!("reading {path}"))?;
+        // The fourth field has the flag __SO_ACCEPTCON, the last is the path.
+        let listens = |line: &&str| {
+            line.ends_with(&format!(" {PRIVATE_SOCKET}"))
+                && line.split_ascii_whitespace().nth(3) == Some("00010000")
+        };
+        let sockets = String::from_utf8_lossy(&sockets);
+        Ok(sockets.lines().filter(listens).count() > 1)
     }
 
     /// Whether the mounts of this process are known to be others than the distro's.

@@ -5,7 +5,7 @@
 use anyhow::{anyhow, Error};
 
 use crate::binfmt_d;
-use crate::host::{Host, BEFORE, FORMATS, STATE};
+use crate::host::{Host, BEFORE, FORMATS, INVOCATIONS, PRIVATE_SOCKET, STATE};
 use crate::interop::{is_reserved, stand_in_of};
 use crate::registry::{fits, is_failed_call, is_name, Entry, Table, Time};
 
@@ -38,6 +38,18 @@ impl Unit {
     /// the service's first command, and removes it after the last.
     fn started(self, host: &Host) -> anyhow::Result<Option<Time>> {
         host.modified(&format!("{STATE}/{}", self.name()))
+    }
+
+    /// When it was started without the drop-in that makes that directory: while it is active, systemd
+    /// has a link with its invocation for journald. There is none if it has failed, as under WSL's
+    /// lock. Then it is when systemd was, at the earliest, which is enough where nobody else may have
+    /// registered anything.
+    fn started_before_us(self, host: &Host, alone: bool) -> anyhow::Result<Option<Time>> {
+        let link = format!("{INVOCATIONS}{}.service", self.name());
+        match host.link_made(&link)? {
+            None if alone => host.modified(PRIVATE_SOCKET),
+            started => Ok(started),
+        }
     }
 
     /// Whether a rule is known to be none of its any more: update-binfmts(8) has removed its file.
@@ -233,7 +245,8 @@ impl Record {
     }
 
     /// Takes up what update-binfmts(8) has registered beside the running service, as it does when
-    /// a package is installed: right after it has written its own file of that name.
+    /// a package is installed: right after it has written its own file of that name. What was left to
+    /// others since is not that.
     pub fn take_up_beside(&mut self, host: &Host, table: &Table) {
         if self.unit != Unit::BinfmtSupport {
             return;
@@ -249,15 +262,44 @@ impl Record {
                 let Ok(Some(entry)) = table.read(&name) else {
                     continue;
                 };
-                self.rules.retain(|own| own.name() != name);
-                self.rules.push(Own {
-                    inode,
-                    shared: false,
-                    rule: entry.rule(&name),
-                });
-                self.changed = true;
+                if handed_back(&entry).is_none() {
+                    self.push(inode, false, entry.rule(&name));
+                }
             }
         }
+    }
+
+    fn push(&mut self, inode: u64, shared: bool, rule: String) {
+        let own = Own {
+            inode,
+            shared,
+            rule,
+        };
+        self.rules.retain(|other| other.name() != own.name());
+        self.rules.push(own);
+        self.changed = true;
+    }
+
+    /// Takes up what the service has registered since it was started, when nobody was there to write
+    /// it down. What it replaced then cannot be seen any more. Where there may be another distro, that
+    /// has it, too, and may have registered its own since.
+    fn take_up_late(&mut self, host: &Host, table: &Table, shared: bool) -> anyhow::Result<()> {
+        let Some(start) = self.unit.started_before_us(host, !shared)? else {
+            return Ok(());
+        };
+        for (name, _) in self.unit.registers(host).0 {
+            let (Ok(Some((inode, time))), Ok(Some(entry))) =
+                (table.identity(&name), table.read(&name))
+            else {
+                continue;
+            };
+            let since = nanoseconds(time) - nanoseconds(start);
+            if since >= -LAG && (!shared || since <= START) && !self.has(inode) {
+                self.push(inode, shared, entry.rule(&name));
+            }
+        }
+        self.take_up_beside(host, table);
+        Ok(())
     }
 
     /// Registers what is missing, but for what was removed on purpose: that vanishes alone, without a
@@ -315,6 +357,15 @@ impl Record {
         }
         (deeds, errors)
     }
+}
+
+/// In nanoseconds: by less than this the kernel's clock for files may lag behind.
+const LAG: i128 = 20_000_000;
+/// And longer than this no start of a service takes that registers rules.
+const START: i128 = 1_000_000_000;
+
+fn nanoseconds((seconds, nanoseconds): Time) -> i128 {
+    i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
 }
 
 /// Own rules that are missing, by name.
@@ -434,12 +485,34 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
     )
 }
 
-/// Writes down which names there are before a service registers its own.
+/// Where this distro's services were started before it had this program, as when that is installed
+/// while the distro runs, writes down what they have registered. At boot they have not been started.
 ///
 /// # Errors
-/// The table cannot be listed, or the file not written.
+/// Something cannot be read, or not be written down.
+pub fn take_over(host: &Host, table: &Table) -> anyhow::Result<()> {
+    for unit in Unit::ALL {
+        let mut record = Record::read(host, unit)?;
+        record.take_up_late(host, table, host.is_one_of_many()?)?;
+        record.write(host)?;
+    }
+    Ok(())
+}
+
+/// Writes down which names others have before a service registers its own.
+///
+/// # Errors
+/// The table cannot be listed, or a record not be read, or the file not be written.
 pub fn note_before(host: &Host, table: &Table) -> anyhow::Result<()> {
-    let mut names = table.names()?.join("\n");
+    let records = Record::read_all(host)?;
+    let own = |name: &String| {
+        let inode = table.inode(name).ok().flatten();
+        let mut own = records.iter().flat_map(|record| &record.rules);
+        own.any(|own| !own.shared && Some(own.inode) == inode && own.name() == name)
+    };
+    let mut names = table.names()?;
+    names.retain(|name| !own(name));
+    let mut names = names.join("\n");
     names.push('\n');
     host.write(BEFORE, &names)
 }

@@ -201,10 +201,11 @@ fn makepkg_builds_the_package_of_arch() -> anyhow::Result<()> {
 }
 
 /// Plays the life of a package that was built in the scratch directory of that name: on WSL2,
-/// elsewhere, and where systemd does not run, as in a chroot in which an image is made.
+/// elsewhere, and where systemd does not run, or is another system's.
 ///
-/// The programs are this machine's, in a tree of their own. systemctl only writes down how it is
-/// called, has the generator run as systemd would, and fails: no package operation may.
+/// The programs are this machine's, in a tree of their own, and PID 1 is a shell. systemctl only
+/// writes down how it is called, has the generator run as systemd would, and fails: no package
+/// operation may.
 fn lives_of_the_package(
     name: &str,
     install: &str,
@@ -212,6 +213,7 @@ fn lives_of_the_package(
     remove: &str,
 ) -> anyhow::Result<()> {
     let systemctl = r#"#!/bin/sh
+        [ "$1" != show ] || { echo LoadState=loaded; exit 0; }
         echo "systemctl $*" >>/calls
         generator=/usr/lib/systemd/system-generators/wsl-binfmt-generator
         if [ "$*" = daemon-reload ]; then
@@ -224,7 +226,7 @@ fn lives_of_the_package(
         exit 1"#;
     let directory = scratch(name)?;
     fs::write(directory.join("systemctl"), systemctl)?;
-    let life = |virtualization: &str, systemd: &str, guard: &str| {
+    let life = |virtualization: &str, systemd: &str, guard: &str, environment: &str, pid1: &str| {
         let mut script = format!(
             r#"
             rm -rf root
@@ -236,6 +238,8 @@ fn lives_of_the_package(
             mount --rbind /proc root/proc
             cp -r "$SOURCE/tests/generate/01-wsl2/root" root/wsl
             install systemctl root/stub
+            cp /bin/sh root/stub/systemd
+            mkfifo root/done
             echo {virtualization} >root/virtualization
             mount -t tmpfs none root/proc/sys/fs
             mkdir root/proc/sys/fs/binfmt_misc
@@ -244,6 +248,8 @@ fn lives_of_the_package(
             echo "WSL's" >root/run/status
             echo "the kernel's" >$status
             mount --bind root/run/{guard} $status
+            live() {{
+            until [ -e root/started ]; do sleep 0.01; done
             "#
         );
         for (done, command) in [
@@ -252,49 +258,71 @@ fn lives_of_the_package(
             ("removed", remove),
         ] {
             script += &format!("echo {done} >>root/calls\n");
-            script += &format!("{command} >log 2>&1 || {{ cat log; exit 1; }}\n");
+            script += &format!("{environment} {command} >log 2>&1 || {{ cat log; exit 1; }}\n");
         }
-        script +=
-            "cat root/calls $status; cd root; mkdir -p usr; find run usr -type l -o -type f | sort";
+        script += &format!(
+            r#"
+            cat root/calls $status
+            (cd root; mkdir -p usr; find run usr -type l -o -type f | sort)
+            }}
+            ( (live); echo $? >root/done ) &
+            cd root
+            exec {pid1} -c ': >started; read status <done; exit $status'"#
+        );
         let file = directory.join("life.sh");
         fs::write(file, script)?;
-        sh(name, "unshare --map-root-user --mount sh -eu life.sh")
+        sh(
+            name,
+            "unshare --map-root-user --mount --pid --fork --kill-child --mount-proc sh -eu life.sh",
+        )
     };
-    let systemd = "root/run/systemd/system";
+    let (systemd, own) = ("root/run/systemd/system", "chroot . /stub/systemd");
     assert_eq!(
-        life("container:wsl", systemd, "wsl-binfmt/status")?,
+        life("container:wsl", systemd, "wsl-binfmt/status", "", own)?,
         "installed\n\
          systemctl daemon-reload\n\
          systemctl restart wsl-binfmt-guard.service\n\
+         systemctl restart systemd-binfmt.service\n\
          systemctl restart wsl-interop-restore.service\n\
          upgraded\n\
          systemctl daemon-reload\n\
          systemctl restart wsl-binfmt-guard.service\n\
+         systemctl restart systemd-binfmt.service\n\
          systemctl restart wsl-interop-restore.service\n\
          removed\n\
-         systemctl stop wsl-interop-restore.service*\n\
          systemctl daemon-reload\n\
-         systemctl stop wsl-binfmt-guard.service*\n\
+         systemctl stop wsl-interop-restore.service* wsl-binfmt-guard.service*\n\
          the kernel's\n\
          run/status\n"
     );
     assert_eq!(
-        life("none", systemd, "status")?,
+        life("none", systemd, "status", "", own)?,
         "installed\n\
          systemctl daemon-reload\n\
          upgraded\n\
          systemctl daemon-reload\n\
          removed\n\
-         systemctl stop wsl-interop-restore.service*\n\
          systemctl daemon-reload\n\
-         systemctl stop wsl-binfmt-guard.service*\n\
+         systemctl stop wsl-interop-restore.service* wsl-binfmt-guard.service*\n\
          WSL's\n\
          run/status\n"
     );
-    assert_eq!(
-        life("container:wsl", "", "status")?,
-        "installed\nupgraded\nremoved\nWSL's\nrun/status\nrun/wsl-binfmt/status\n"
-    );
+    for (place, systemd, environment, pid1) in [
+        ("no systemd", "", "", own),
+        ("a chroot with the host's /run", systemd, "", "stub/systemd"),
+        ("a container with it", systemd, "", "chroot . /bin/sh"),
+        ("an image being made", systemd, "SYSTEMD_OFFLINE=1", own),
+    ] {
+        let seen = life(
+            "container:wsl",
+            systemd,
+            "wsl-binfmt/status",
+            environment,
+            pid1,
+        )?;
+        let untouched = "installed\nupgraded\nremoved\nours\nrun/status\nrun/wsl-binfmt/status\n";
+        assert_eq!(seen, untouched, "{place}");
+    }
     Ok(())
 }
 

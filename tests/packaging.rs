@@ -109,6 +109,32 @@ fn the_manual_pages_are_valid_roff() -> anyhow::Result<()> {
 }
 
 #[test]
+fn scripts_of_all_packages_do_the_same() -> anyhow::Result<()> {
+    let postinst = include_str!("../packaging/debian/wsl-binfmt-generator.postinst");
+    let postrm = include_str!("../packaging/debian/wsl-binfmt-generator.postrm");
+    let spec = include_str!("../packaging/rpm/wsl-binfmt-generator.spec");
+    let (_, spec) = spec.split_once("\n%post\n").context("no %post")?;
+    let (post, postun) = spec.split_once("\n%postun\n").context("no %postun")?;
+    let arch = include_str!("../packaging/arch/wsl-binfmt-generator.install");
+    for (function, scripts) in [
+        ("runs_here", vec![postinst, postrm, post, postun, arch]),
+        ("is_allowed", vec![postinst, postrm]),
+        ("take_effect", vec![postinst, post, arch]),
+        ("take_away", vec![postrm, postun, arch]),
+    ] {
+        let text = |script: &'static str| {
+            let (_, rest) = script.split_once(&format!("\n{function}() {{\n"))?;
+            rest.split("\n}\n").next()
+        };
+        let first = text(scripts[0]).context(function)?;
+        for script in scripts {
+            assert_eq!(text(script), Some(first), "{function}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn cargo_and_meson_have_the_same_version() {
     let line = format!("\n  version: '{VERSION}',\n");
     assert!(include_str!("../meson.build").contains(&line), "{line}");

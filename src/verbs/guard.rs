@@ -38,6 +38,11 @@ pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
             return result;
         }
     };
+    if let Ok(false) = is_there(host, BEFORE) {
+        result = own::take_over(host, &table)
+            .context("taking over what this distro has registered so far")
+            .and(result);
+    }
     type Note = fn(&Host, &Table) -> anyhow::Result<()>;
     let notes: [(&str, Note); 2] = [(BEFORE, own::note_before), (INTEROP, repair::note_interop)];
     for (path, note) in notes {
