@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Error};
 
+use crate::binfmt_misc::is_name;
 use crate::host::{Host, BINFMT_D};
-use crate::registry::is_name;
 
 /// One rule, as far as anybody here asks.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,8 +1,8 @@
 //! The entry by which Windows programs start, and what stands in its way: judged by the entries of
 //! the table alone.
 
+use crate::binfmt_misc::{is_name, Claim, Entry, Listed, Pattern};
 use crate::host::INIT;
-use crate::registry::{is_name, Claim, Entry, Listed, Pattern};
 
 /// The entry's name, which other tools look for, too.
 pub const NAME: &str = "WSLInterop";

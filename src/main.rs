@@ -21,6 +21,7 @@
 )]
 
 mod binfmt_d;
+mod binfmt_misc;
 mod doctor;
 mod host;
 mod interop;
@@ -28,7 +29,7 @@ mod log;
 mod mounts;
 mod own;
 mod plan;
-mod registry;
+
 mod repair;
 mod units;
 mod verbs;

@@ -5,9 +5,9 @@
 use anyhow::{anyhow, Error};
 
 use crate::binfmt_d;
+use crate::binfmt_misc::{fits, is_failed_call, is_name, Entry, Table, Time};
 use crate::host::{Host, BEFORE, FORMATS, INVOCATIONS, PRIVATE_SOCKET, STATE};
 use crate::interop::{is_reserved, stand_in_of};
-use crate::registry::{fits, is_failed_call, is_name, Entry, Table, Time};
 
 /// A service that registers rules.
 #[derive(Clone, Copy, Debug, PartialEq)]

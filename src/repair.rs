@@ -3,10 +3,10 @@
 
 use anyhow::{bail, Context, Error};
 
+use crate::binfmt_misc::{Listed, Table};
 use crate::host::{Host, INIT, INTEROP};
 use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::own::{Missing, Record};
-use crate::registry::{Listed, Table};
 
 /// Has a stand-in take Windows programs if they go to nobody or to somebody else, and says so. The
 /// entry itself is left to `settle`: others may be about to register that name.

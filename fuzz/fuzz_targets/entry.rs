@@ -5,7 +5,7 @@
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use wsl_binfmt_generator_fuzz::registry::{Claim, Entry, Pattern};
+use wsl_binfmt_generator_fuzz::binfmt_misc::{Claim, Entry, Pattern};
 
 fuzz_target!(|data: &[u8]| {
     if let Some(data) = data.strip_prefix(b"\0") {

@@ -7,14 +7,14 @@
 
 #[path = "../../src/binfmt_d.rs"]
 pub mod binfmt_d;
+#[path = "../../src/binfmt_misc.rs"]
+pub mod binfmt_misc;
 #[path = "../../src/host.rs"]
 pub mod host;
 #[path = "../../src/mounts.rs"]
 pub mod mounts;
 #[path = "../../src/plan.rs"]
 pub mod plan;
-#[path = "../../src/registry.rs"]
-pub mod registry;
 #[path = "../../src/wsl.rs"]
 pub mod wsl;
 #[path = "../../src/wsl_conf.rs"]

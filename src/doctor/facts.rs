@@ -22,13 +22,13 @@ use super::services::UNITS;
 use super::systemctl::{Show, Unit};
 use super::table::KIND;
 use crate::binfmt_d::{self, Rule};
+use crate::binfmt_misc::{self, Listed};
 use crate::host::{
     self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
     LOCAL_UNITS, MOUNT_INFOS, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
 };
 use crate::mounts;
 use crate::own;
-use crate::registry::{self, Listed};
 use crate::verbs::generate::{self, Decision};
 use crate::wsl::{self, Environment, Verdict};
 
@@ -367,7 +367,7 @@ impl Table {
         let status = directory.join("status");
         let cover = table.and_then(|table| mounts::within(&mounts, status.as_str(), table));
         // Whatever else is there is not touched: nobody may serve it.
-        let open = table.and_then(|_| registry::Table::open(host).ok());
+        let open = table.and_then(|_| binfmt_misc::Table::open(host).ok());
         Ok(Table {
             mounted: on_it.as_ref().map(|on| on.kind.to_owned()),
             state: match open {

@@ -4,9 +4,9 @@
 use super::facts::{Fact, Facts, Files};
 use super::report::{word, Finding, State};
 use super::systemctl::Unit;
+use crate::binfmt_misc::Listed;
 use crate::host::{BINFMT_MISC, EARLY};
 use crate::interop::{find, is_reserved};
-use crate::registry::Listed;
 
 /// The services, in the order in which they are judged.
 pub const UNITS: [&str; 4] = [

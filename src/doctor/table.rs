@@ -3,9 +3,9 @@
 
 use super::facts::{Place, Probe, Table};
 use super::report::{word, Finding, Mend, State};
+use crate::binfmt_misc::{Claim, Listed};
 use crate::host::{BINFMT_MISC, GUARD_FILE, INIT};
 use crate::interop::{self, LATE, NAME, STAND_IN};
-use crate::registry::{Claim, Listed};
 
 /// The type of the file system.
 pub const KIND: &str = "binfmt_misc";

@@ -12,13 +12,13 @@ use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sched::{setns, CloneFlags};
 use nix::unistd::{chroot, fchdir};
 
+use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::{
     Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS,
     MOUNT_NAMESPACES,
 };
 use crate::log::Log;
 use crate::own::{self, Unit};
-use crate::registry::{is_failed_call, Table};
 use crate::repair;
 use crate::verbs::generate::in_force;
 

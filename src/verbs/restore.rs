@@ -1,8 +1,8 @@
 //! `restore`: make the interop entry stand, and come first among those that claim as much.
 
+use crate::binfmt_misc::Table;
 use crate::host::Host;
 use crate::log::Log;
-use crate::registry::Table;
 use crate::repair;
 
 /// Makes the entry be as it should at once, and says what was done.

@@ -1,9 +1,9 @@
 //! `started`, `stopped` and `stopping`: what is to be done, as root and outside of its sandbox, once
 //! one of the services has been started that register rules, when it stops, and when the distro does.
 
+use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::Host;
 use crate::own::{self, Record, Unit};
-use crate::registry::{is_failed_call, Table};
 use crate::repair;
 use crate::verbs::generate::in_force;
 use crate::verbs::guard;

@@ -15,9 +15,9 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::{self, Host, BINFMT_MISC, MOUNTS};
 use crate::log::Log;
-use crate::registry::{is_failed_call, Table};
 use crate::repair::{self, Pending};
 
 /// How long nobody must have written to the table before it is settled. Up to a third more, another

@@ -8,9 +8,9 @@ use super::facts::*;
 use super::report::State;
 use super::*;
 use crate::binfmt_d;
+use crate::binfmt_misc::{Entry, Listed, Pattern};
 use crate::interop::{self, LATE, NAME};
 use crate::plan::{self, Neighbors};
-use crate::registry::{Entry, Listed, Pattern};
 use crate::units;
 
 fn healthy() -> Facts {
