@@ -1,20 +1,13 @@
-//! The machine as this program sees it: the only place with absolute paths, every one of them
-//! below `$WSL_BINFMT_ROOT`. What is read here is handed on as plain values.
+//! Files below the root: the only place with absolute paths, every one of them below
+//! `$WSL_BINFMT_ROOT`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process;
 
 use anyhow::Context;
 use camino::{Utf8Path, Utf8PathBuf};
-
-use crate::mounts;
-use crate::plan::Neighbors;
-use crate::wsl::{Environment, Files};
 
 /// The interop binary that WSL binds into every distro.
 pub const INIT: &str = "/init";
@@ -68,7 +61,7 @@ pub const WSL_CONF: &str = "/etc/wsl.conf";
 /// The mounts of this process's namespace, proc_pid_mounts(5).
 pub const MOUNTS: &str = "/proc/self/mounts";
 /// WSL's own generator, a link to /init that it makes before systemd starts.
-const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
+pub const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
 /// Units and drop-ins of the admin, and of the vendor.
 pub const LOCAL_UNITS: [&str; 3] = [
     "/etc/systemd/system",
@@ -79,10 +72,10 @@ pub const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/sy
 /// The kernel's log.
 pub const KMSG: &str = "/dev/kmsg";
 
-const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
-const PID1_ENVIRONMENT: &str = "/proc/1/environ";
+pub const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
+pub const PID1_ENVIRONMENT: &str = "/proc/1/environ";
 /// What systemd as PID 1 has found in its `container=`.
-const PID1_CONTAINER: &str = "/run/systemd/container";
+pub const PID1_CONTAINER: &str = "/run/systemd/container";
 /// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
 pub const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
 /// The mount namespace of the distro, and of this process, namespaces(7).
@@ -95,9 +88,9 @@ pub const COMMAND: &str = "/usr/bin/wsl-binfmt";
 pub const INVOCATIONS: &str = "/run/systemd/units/invocation:";
 /// Where each systemd that is PID 1 listens.
 pub const PRIVATE_SOCKET: &str = "/run/systemd/private";
-const INITRD_RELEASE: &str = "/etc/initrd-release";
+pub const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// What Docker, Podman and systemd's container interface leave in a container.
-const CONTAINER_MARKERS: [&str; 3] = [
+pub const CONTAINER_MARKERS: [&str; 3] = [
     "/.dockerenv",
     "/run/.containerenv",
     "/run/host/container-manager",
@@ -236,117 +229,6 @@ impl Host {
         }
     }
 
-    /// Whether WSL's interop binary is there: an executable file that is mounted. A container may have
-    /// a file of its own there. Where the mounts cannot be read, that counts, too.
-    pub fn has_init(&self) -> bool {
-        let [_, own] = MOUNT_INFOS;
-        self.is_executable(INIT)
-            && fs::read(self.path(own)).map_or(true, |mounts| {
-                mounts::on(&String::from_utf8_lossy(&mounts), INIT).is_some()
-            })
-    }
-
-    /// What WSL, the vendor and the admin have put beside what is emitted here. What cannot be
-    /// looked at is taken to be there, so that nothing of the admin's is masked, and reported.
-    pub fn neighbors(&self, mut report: impl FnMut(String)) -> Neighbors {
-        let mut doubt = |path: &str, error: io::Error| {
-            // What is no file is no error of the system's.
-            let doubtful = error.raw_os_error().is_some() && !is_missing(&error);
-            if doubtful {
-                report(format!("looking at {}: {error}", self.path(path)));
-            }
-            doubtful
-        };
-        let [vendor, ..] = VENDOR_UNITS;
-        let condition = "systemd-binfmt.service.d/wsl.conf";
-        let theirs = format!("{vendor}/{condition}");
-        let vendor_wsl_conf = self.read(&theirs).unwrap_or_else(|error| {
-            doubt(&theirs, error);
-            Vec::new()
-        });
-        let mut is_there = |path: &str| match fs::symlink_metadata(self.path(path)) {
-            Ok(_) => true,
-            Err(error) => doubt(path, error),
-        };
-        let mut drop_in = |directories: &[&str], name: &str| {
-            directories.iter().any(|d| is_there(&format!("{d}/{name}")))
-        };
-        let all = [LOCAL_UNITS.as_slice(), &VENDOR_UNITS].concat();
-        Neighbors {
-            systemd_binfmt_override: drop_in(&all, "systemd-binfmt.service.d/override.conf"),
-            binfmt_support_override: drop_in(&all, "binfmt-support.service.d/override.conf"),
-            local_wsl_conf: drop_in(&LOCAL_UNITS, condition),
-            wsl_generator: is_there(WSL_GENERATOR),
-            vendor_wsl_conf: String::from_utf8_lossy(&vendor_wsl_conf).into_owned(),
-        }
-    }
-
-    /// What systemd says of the machine in the generator's environment, and where the output goes.
-    pub fn environment(&self, early: &Utf8Path) -> Environment {
-        Environment {
-            scope: variable("SYSTEMD_SCOPE"),
-            in_initrd: variable("SYSTEMD_IN_INITRD"),
-            virtualization: variable("SYSTEMD_VIRTUALIZATION"),
-            container: variable("container"),
-            below_user_runtime_directory: variable("XDG_RUNTIME_DIR")
-                .is_some_and(|d| d.starts_with('/') && early.starts_with(d)),
-        }
-    }
-
-    /// What the machine's files say of it.
-    pub fn files(&self) -> Files {
-        Files {
-            initrd_release: self.path(INITRD_RELEASE).exists(),
-            osrelease: self.text(OSRELEASE).trim().to_owned(),
-            pid1_container: self
-                .pid1_variable("container")
-                // Its environment is for root.
-                .unwrap_or_else(|_| Some(self.text(PID1_CONTAINER).trim().to_owned())),
-            container_marker: CONTAINER_MARKERS.iter().any(|m| self.path(m).exists()),
-            init: self.has_init(),
-            guarded: self.path(GUARD_FILE).exists(),
-        }
-    }
-
-    /// A variable of PID 1's environment, which WSL has set.
-    ///
-    /// # Errors
-    /// The environment cannot be read; only root may.
-    pub fn pid1_variable(&self, name: &str) -> io::Result<Option<String>> {
-        let environment = self.read(PID1_ENVIRONMENT)?;
-        let environment = String::from_utf8_lossy(&environment);
-        let value = |variable: &str| {
-            variable
-                .strip_prefix(name)?
-                .strip_prefix('=')
-                .map(str::to_owned)
-        };
-        Ok(environment.split('\0').find_map(value))
-    }
-
-    /// Whether another distro of the VM runs systemd, by proc_net(5): a socket is listed in all mount
-    /// namespaces, and the distros of a VM have one network.
-    ///
-    /// # Errors
-    /// The sockets cannot be listed.
-    pub fn is_one_of_many(&self) -> anyhow::Result<bool> {
-        let path = self.path(UNIX_SOCKETS);
-        let sockets = fs::read(&path).with_context(|| format!("reading {path}"))?;
-        // The fourth field has the flag __SO_ACCEPTCON, the last is the path.
-        let listens = |line: &&str| {
-            line.ends_with(&format!(" {PRIVATE_SOCKET}"))
-                && line.split_ascii_whitespace().nth(3) == Some("00010000")
-        };
-        let sockets = String::from_utf8_lossy(&sockets);
-        Ok(sockets.lines().filter(listens).count() > 1)
-    }
-
-    /// Whether the mounts of this process are known to be others than the distro's.
-    pub fn is_elsewhere_mounted(&self) -> bool {
-        let [distro, own] = MOUNT_NAMESPACES.map(|path| fs::read_link(self.path(path)));
-        matches!((distro, own), (Ok(distro), Ok(own)) if distro != own)
-    }
-
     /// The names in a directory, sorted; none if it cannot be read.
     pub fn names(&self, absolute: &str) -> Vec<String> {
         self.list(absolute).unwrap_or_default()
@@ -391,25 +273,8 @@ pub fn executable() -> anyhow::Result<Utf8PathBuf> {
     Ok(path.into())
 }
 
-/// Tells the manager about a service that it has started, as sd_notify(3) does; not for those who
-/// were started by somebody else.
-///
-/// # Errors
-/// The manager's socket takes nothing.
-pub fn notify_systemd(state: &str) -> io::Result<()> {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return Ok(());
-    };
-    let address = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name)?,
-        None => SocketAddr::from_pathname(&path)?,
-    };
-    let socket = UnixDatagram::unbound()?;
-    socket.send_to_addr(state.as_bytes(), &address).map(drop)
-}
-
 /// Whether an error says that there is nothing of that name.
-fn is_missing(error: &io::Error) -> bool {
+pub fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 

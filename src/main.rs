@@ -26,10 +26,10 @@ mod doctor;
 mod host;
 mod interop;
 mod log;
+mod machine;
 mod mounts;
 mod own;
 mod plan;
-
 mod repair;
 mod units;
 mod verbs;

@@ -8,6 +8,7 @@ use crate::binfmt_d;
 use crate::binfmt_misc::{fits, is_failed_call, is_name, Entry, Table, Time};
 use crate::host::{Host, BEFORE, FORMATS, INVOCATIONS, PRIVATE_SOCKET, STATE};
 use crate::interop::{is_reserved, stand_in_of};
+use crate::machine;
 
 /// A service that registers rules.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -493,7 +494,7 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
 pub fn take_over(host: &Host, table: &Table) -> anyhow::Result<()> {
     for unit in Unit::ALL {
         let mut record = Record::read(host, unit)?;
-        record.take_up_late(host, table, host.is_one_of_many()?)?;
+        record.take_up_late(host, table, machine::is_one_of_many(host)?)?;
         record.write(host)?;
     }
     Ok(())

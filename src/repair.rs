@@ -6,6 +6,7 @@ use anyhow::{bail, Context, Error};
 use crate::binfmt_misc::{Listed, Table};
 use crate::host::{Host, INIT, INTEROP};
 use crate::interop::{self, LATE, NAME, STAND_IN};
+use crate::machine;
 use crate::own::{Missing, Record};
 
 /// Has a stand-in take Windows programs if they go to nobody or to somebody else, and says so. The
@@ -43,7 +44,7 @@ fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()
 }
 
 fn require_init(host: &Host) -> anyhow::Result<()> {
-    if !host.has_init() {
+    if !machine::has_init(host) {
         let init = host.path(INIT);
         bail!("{init}: no executable file that is mounted, so this is no WSL2 distro");
     }

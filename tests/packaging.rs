@@ -218,7 +218,7 @@ fn help_and_manual_tell_of_all_that_there_is_and_of_nothing_else() -> anyhow::Re
     words.retain(|w| w.chars().all(|c| c.is_ascii_alphabetic() || c == '-'));
     assert_eq!(&tags("VERBS") | &tags("OPTIONS"), words);
 
-    let variables = r#"grep -rhoE 'var(iable|_os)?\("\w+"\)' "$SOURCE/src""#;
+    let variables = r#"grep -rhoE 'var(iable|_os)?\((host, )?"\w+"\)' "$SOURCE/src""#;
     let variables = sh("grep", variables)?;
     assert_eq!(tags("ENVIRONMENT"), quoted(&variables));
 

@@ -27,6 +27,7 @@ use crate::host::{
     self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
     LOCAL_UNITS, MOUNT_INFOS, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
 };
+use crate::machine;
 use crate::mounts;
 use crate::own;
 use crate::verbs::generate::{self, Decision};
@@ -162,8 +163,8 @@ pub struct Place {
 
 impl Place {
     fn read(host: &Host) -> anyhow::Result<Place> {
-        let files = host.files();
-        let version = host.pid1_variable("container_host_version_id");
+        let files = machine::files(host);
+        let version = machine::pid1_variable(host, "container_host_version_id");
         let installed = fs::canonicalize(host.path(COMMAND));
         let command = match host::executable() {
             Ok(path) if installed.is_ok_and(|installed| installed == path) => "wsl-binfmt".into(),
@@ -177,7 +178,7 @@ impl Place {
             version: version.map_err(|error| error.kind()),
             has_systemd: host.path(SYSTEMD).exists(),
             command,
-            has_own_mounts: host.is_elsewhere_mounted(),
+            has_own_mounts: machine::is_elsewhere_mounted(host),
         })
     }
 }

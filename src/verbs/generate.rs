@@ -10,14 +10,14 @@ use crate::log::Log;
 use crate::plan::Plan;
 use crate::wsl::Verdict;
 use crate::wsl_conf::WslConf;
-use crate::{plan, units, wsl, wsl_conf};
+use crate::{machine, plan, units, wsl, wsl_conf};
 
 /// Writes the units and drop-ins into `early`, or nothing where this is not a WSL2 distro.
 ///
 /// # Errors
 /// Something that was decided could not be written. Everything else was.
 pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> {
-    let verdict = wsl::verdict(&host.environment(early), || host.files());
+    let verdict = wsl::verdict(&machine::environment(early), || machine::files(host));
     if verdict != Verdict::Wsl2 {
         return Ok(());
     }
@@ -77,7 +77,7 @@ pub fn decide(host: &Host) -> Decision {
     let mut doubts = Vec::new();
     let plan = plan::plan(
         noted.as_ref().unwrap_or(&conf),
-        &host.neighbors(|doubt| doubts.push(doubt)),
+        &machine::neighbors(host, |doubt| doubts.push(doubt)),
     );
     Decision {
         conf,

@@ -18,6 +18,7 @@ use crate::host::{
     MOUNT_NAMESPACES,
 };
 use crate::log::Log;
+use crate::machine;
 use crate::own::{self, Unit};
 use crate::repair;
 use crate::verbs::generate::in_force;
@@ -120,7 +121,7 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
 /// # Errors
 /// It is not allowed to.
 pub fn join_distro(host: &Host) -> anyhow::Result<()> {
-    if !host.is_elsewhere_mounted() {
+    if !machine::is_elsewhere_mounted(host) {
         return Ok(());
     }
     let [distro, _] = MOUNT_NAMESPACES;

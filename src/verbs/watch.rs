@@ -5,7 +5,11 @@
 //! an entry of ours under a name that they are about to register.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Error};
@@ -16,7 +20,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::binfmt_misc::{is_failed_call, Table};
-use crate::host::{self, Host, BINFMT_MISC, MOUNTS};
+use crate::host::{Host, BINFMT_MISC, MOUNTS};
 use crate::log::Log;
 use crate::repair::{self, Pending};
 
@@ -57,7 +61,7 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
         let wrote = change.as_ref().is_ok_and(|change| change.wrote);
         watcher.look(change);
         if !ready {
-            host::notify_systemd("READY=1").context("telling systemd that it is ready")?;
+            notify_systemd("READY=1").context("telling systemd that it is ready")?;
             ready = true;
         }
         // What is written meanwhile is looked at in one.
@@ -336,7 +340,7 @@ impl Told<'_> {
         }
         let status = now.join("; ").replace('\n', " ");
         // Only for people to see.
-        let _ = host::notify_systemd(&format!("STATUS={status}"));
+        let _ = notify_systemd(&format!("STATUS={status}"));
         self.problems = now;
     }
 
@@ -346,6 +350,23 @@ impl Told<'_> {
              put in order",
         );
     }
+}
+
+/// Tells the manager about a service that it has started, as sd_notify(3) does; not for those who
+/// were started by somebody else.
+///
+/// # Errors
+/// The manager's socket takes nothing.
+fn notify_systemd(state: &str) -> io::Result<()> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(());
+    };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&path)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.send_to_addr(state.as_bytes(), &address).map(drop)
 }
 
 fn catch_signals() -> nix::Result<SignalFd> {
