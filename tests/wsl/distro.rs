@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::generation::Generation;
 use super::vm::{Vm, TABLE};
-use super::{project, DISTRO_STAGE};
+use super::{mount, project, DISTRO_STAGE};
 
 /// Longer than this no boot, command or poweroff takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -29,11 +29,24 @@ const FORBIDDEN: [&str; 6] = [
     "systemd-modules-load.service",
 ];
 
+/// The last is where NixOS has its programs.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin";
+
+/// Makes an image the lower layer of a distro, under a path that overlayfs understands.
+fn bind_image(image: &Path, directory: &Path) -> anyhow::Result<PathBuf> {
+    let lower = directory.join("lower");
+    fs::create_dir(&lower)?;
+    let image = image.to_str().context("a path that is not UTF-8")?;
+    mount(image, &lower.to_string_lossy(), "bind", "")?;
+    Ok(lower)
+}
+
 /// A distro to be booted: a directory with everything that its first process needs.
 pub struct Builder<'vm> {
     vm: &'vm Vm,
     name: String,
     suite: String,
+    image: Option<PathBuf>,
     generation: Generation,
     osrelease: String,
     environment: Vec<String>,
@@ -51,6 +64,7 @@ impl<'vm> Builder<'vm> {
             vm,
             name: name.to_owned(),
             suite: suite.to_owned(),
+            image: None,
             generation: Generation::None,
             osrelease: "6.6.87.2-microsoft-standard-WSL2".to_owned(),
             environment: Generation::None.environment(),
@@ -61,6 +75,14 @@ impl<'vm> Builder<'vm> {
             files: Vec::new(),
             programs: Vec::new(),
         }
+    }
+
+    /// From somebody's image, a directory, in place of a Debian tree. Nothing is masked in it but
+    /// what a user namespace may not do, and it is kept from what belongs to the machine.
+    pub(super) fn image(mut self, tree: &Path) -> Self {
+        self.image = Some(tree.to_owned());
+        self.masked.clear();
+        self
     }
 
     /// Booted by a WSL of this generation; without a word, by one that does nothing for interop.
@@ -149,7 +171,7 @@ impl<'vm> Builder<'vm> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             // Until systemd listens, systemctl has no answer.
-            let answer = distro.run("systemctl is-system-running --wait");
+            let answer = distro.systemctl(&["is-system-running", "--wait"]);
             if ["running", "degraded", "maintenance"].contains(&answer.trim()) {
                 return Ok(distro);
             }
@@ -169,7 +191,10 @@ impl<'vm> Builder<'vm> {
         fs::write(directory.join("osrelease"), format!("{}\n", self.osrelease))?;
         fs::write(directory.join("environment"), self.environment.join("\n"))?;
         fs::write(directory.join("generation"), self.generation.name())?;
-        let tree = self.vm.paths.tree(&self.suite);
+        let tree = match &self.image {
+            Some(image) => bind_image(image, directory)?,
+            None => self.vm.paths.tree(&self.suite),
+        };
         symlink(&tree, directory.join("tree"))?;
         symlink(
             self.vm.paths.cgroup.join(&self.name),
@@ -187,10 +212,12 @@ impl<'vm> Builder<'vm> {
             fs::create_dir_all(path.parent().context("a file needs a directory")?)?;
             Ok(path)
         };
-        for unit in FORBIDDEN
-            .into_iter()
-            .chain(self.masked.iter().map(String::as_str))
-        {
+        let masked = self.masked.iter().map(String::as_str);
+        let masked: Vec<_> = FORBIDDEN.into_iter().chain(masked).collect();
+        if self.image.is_some() {
+            fs::write(directory.join("image"), masked.join("\n"))?;
+        }
+        for unit in masked.into_iter().filter(|_| self.image.is_none()) {
             symlink("/dev/null", inside(&format!("/etc/systemd/system/{unit}"))?)?;
         }
         for (path, text) in &self.files {
@@ -247,7 +274,7 @@ impl Distro {
                 "nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w",
             ])
             .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("PATH", PATH)
             .env("LANG", "C.UTF-8");
         command
     }
@@ -271,6 +298,18 @@ impl Distro {
     /// A shell in the distro, yet to be started, that runs a command; errors go to its output.
     pub fn shell(&self, command: &str) -> Command {
         self.shell_within(0, command)
+    }
+
+    /// What systemctl prints, errors included. There need be no shell.
+    pub fn systemctl(&self, arguments: &[&str]) -> String {
+        let mut command = self.command();
+        command.arg("systemctl").args(arguments);
+        match command.output() {
+            Ok(output) => {
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+            }
+            Err(error) => error.to_string(),
+        }
     }
 
     /// What a shell command in the distro prints, errors included.
@@ -330,7 +369,7 @@ impl Distro {
 
     /// `systemctl poweroff`, as WSL does it to stop a distro.
     pub fn poweroff(mut self) -> anyhow::Result<()> {
-        self.run("systemctl --no-block poweroff");
+        self.systemctl(&["--no-block", "poweroff"]);
         let deadline = Instant::now() + TIMEOUT;
         while self.child.try_wait()?.is_none() {
             ensure!(

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{bail, Context};
 
 use super::mount;
 use super::vm::TABLE;
@@ -62,28 +62,52 @@ impl Generation {
         }
     }
 
-    /// PID 1's environment.
-    pub(super) fn environment(self) -> Vec<String> {
-        let version = match self {
+    /// The generation that has this version.
+    pub fn of_version(version: &str) -> anyhow::Result<Generation> {
+        let numbers: Result<Vec<u32>, _> = version.split('.').map(str::parse).collect();
+        let (major, minor, patch) = match numbers.as_deref() {
+            Ok(&[major, minor]) => (major, minor, 0),
+            Ok(&[major, minor, patch] | &[major, minor, patch, _]) => (major, minor, patch),
+            _ => bail!("{version} is no version of WSL; one is 2.6.3"),
+        };
+        let version_is_before = |other| (major, minor, patch) < other;
+        if version_is_before((0, 67, 6)) {
+            bail!("WSL {version} starts no systemd; 0.67.6 is the first that does");
+        }
+        let ends = [(2, 0, 0), (2, 5, 7), (2, 6, 2), (2, 8, 9), (4, 0, 0)];
+        let mut generations = Generation::ALL.into_iter().zip(ends);
+        let found = generations.find(|(_, end)| version_is_before(*end));
+        let newest = Generation::Lock.a_version();
+        let unknown = || format!("WSL {version} is not known here; {newest} is the newest that is");
+        Ok(found.with_context(unknown)?.0)
+    }
+
+    /// A version of it.
+    pub fn a_version(self) -> &'static str {
+        match self {
             Generation::None => "1.2.5",
             Generation::Oneshot => "2.4.13",
             Generation::DropinLate => "2.6.1",
             Generation::Dropin => "2.8.8",
             Generation::Lock => "3.0.1",
-        };
+        }
+    }
+
+    /// PID 1's environment.
+    pub(super) fn environment(self) -> Vec<String> {
         vec![
             "container=wsl".to_owned(),
             "container_host_id=windows".to_owned(),
-            format!("container_host_version_id={version}"),
+            format!("container_host_version_id={}", self.a_version()),
         ]
     }
 
     /// Does in the distro below `root` what WSL does before it starts systemd. Of wsl.conf it
-    /// understands no more than scenarios write.
+    /// understands what is plainly there.
     pub(super) fn prepare(self, root: &str) -> anyhow::Result<()> {
         let conf = fs::read_to_string(format!("{root}/etc/wsl.conf")).unwrap_or_default();
-        let protect = !conf.contains("[boot]\nprotectBinfmt=false\n");
-        let interop = !conf.contains("[interop]\nenabled=false\n");
+        let protect = !says_false(&conf, "boot", "protectBinfmt");
+        let interop = !says_false(&conf, "interop", "enabled");
         match self {
             Generation::None => Ok(()),
             Generation::Oneshot if interop && protect => write_unit(root),
@@ -123,6 +147,26 @@ impl Generation {
         }
         script
     }
+}
+
+/// Whether wsl.conf has this key in this section, and says false.
+fn says_false(conf: &str, section: &str, key: &str) -> bool {
+    setting(conf, section, key).is_some_and(|value| value.eq_ignore_ascii_case("false"))
+}
+
+/// What wsl.conf has for this key in this section.
+pub(super) fn setting<'c>(conf: &'c str, section: &str, key: &str) -> Option<&'c str> {
+    let mut current = "";
+    for line in conf.lines().map(str::trim) {
+        match (line.strip_prefix('['), line.split_once('=')) {
+            (Some(header), _) => current = header.trim_end_matches(']').trim(),
+            (None, Some((name, value))) if current == section && name.trim() == key => {
+                return Some(value.trim());
+            }
+            _ => {}
+        }
+    }
+    None
 }
 
 /// Links to wanted units are absolute.

@@ -12,6 +12,9 @@
 //! - `neighbours.rs`: a distro's life beside one that has rules of the same names
 //! - `packages.rs`: real packages to install in a distro, as files
 //! - `debian_package.rs`: this project's Debian package, to be installed in a distro
+//! - `image.rs`: images that somebody made, unpacked and looked at
+//! - `examine.rs`: what becomes of Windows programs in a distro from one
+//! - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
 //! - `chroot.rs`: a Debian tree to measure programs in
 //! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 //!
@@ -25,7 +28,10 @@ mod chroot;
 mod debian;
 mod debian_package;
 mod distro;
+mod examine;
 mod generation;
+mod image;
+pub mod images;
 pub mod life;
 mod machine;
 pub mod neighbours;

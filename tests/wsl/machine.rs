@@ -110,6 +110,15 @@ impl Machine {
         Ok(Machine { directory })
     }
 
+    /// Makes no more than what VMs with distros from images need.
+    pub(super) fn prepare_for_images() -> anyhow::Result<Machine> {
+        let directory = target_directory()?.join("wsl-vm");
+        fs::create_dir_all(directory.join("root"))?;
+        build_init(&directory.join("init"))?;
+        cgroup::remove_those_of_the_dead()?;
+        Ok(Machine { directory })
+    }
+
     /// The program under test, as distros have it.
     pub fn generator(&self) -> PathBuf {
         self.directory.join("wsl-binfmt-generator")
@@ -220,11 +229,13 @@ fn as_machine(vm: u32, command: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// target/, which the running test or example lies two levels below.
+/// target/, which a test or an example lies two levels below, and a program one.
 pub fn target_directory() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?;
-    let target = program.ancestors().nth(3).context("no target directory")?;
-    Ok(target.to_owned())
+    let mut directories = program.ancestors().skip(1);
+    let profile = directories.find(|path| !path.ends_with("deps") && !path.ends_with("examples"));
+    let target = profile.and_then(Path::parent);
+    Ok(target.context("no target directory")?.to_owned())
 }
 
 /// Builds the program under test.

@@ -54,8 +54,15 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
         outside("work")
     );
     mount("overlay", &root, "overlay", &layers)?;
+    for name in ["proc", "sys", "dev", "run"] {
+        make_directory(&inside(&format!("/{name}")))?;
+    }
     mount("proc", &inside("/proc"), "proc", "")?;
     mount("sysfs", &inside("/sys"), "sysfs", "")?;
+    let image = fs::read_to_string(directory.join("image")).ok();
+    if image.is_some() {
+        keep_from_the_machine(&root)?;
+    }
     mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
     mount("tmpfs", &inside("/dev"), "tmpfs", "mode=755")?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_STRICTATIME;
@@ -65,6 +72,9 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     // So that what is mounted below is seen in a second mount namespace of the distro, too.
     for path in ["/proc", "/run"] {
         mount("none", &inside(path), "shared", "")?;
+    }
+    if let Some(units) = image {
+        mask(units.lines(), &inside("/run/systemd/system.control"))?;
     }
     for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
         let node = inside(&format!("/dev/{device}"));
@@ -89,17 +99,20 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
         "",
     )?;
     if directory.join("init").exists() {
-        fs::write(inside("/init"), "")?;
+        make_file(&inside("/init"))?;
         mount(&outside("init"), &inside("/init"), "bind", "")?;
     }
-    Generation::named(&fs::read_to_string(outside("generation"))?)?.prepare(&root)?;
+    let generation = Generation::named(&fs::read_to_string(outside("generation"))?)?;
     let environment = fs::read_to_string(outside("environment"))?;
     let console = fs::File::create(outside("console"))?;
     let read_only = directory.join("read-only").exists();
     std::env::set_current_dir(&root)?;
-    fs::create_dir_all("mnt/machine")?;
-    nix::unistd::pivot_root(".", "mnt/machine")?;
-    umount2("/mnt/machine", MntFlags::MNT_DETACH)?;
+    // The old root comes to lie on the new one, and is taken off: no directory is needed for it.
+    nix::unistd::pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    std::env::set_current_dir("/")?;
+    // Not before: links in the distro's files lead to what is in the distro now.
+    generation.prepare("")?;
     if read_only {
         let none: Option<&str> = None;
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
@@ -114,4 +127,59 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
         .stderr(console)
         .exec();
     Err(error).context("running /sbin/init")
+}
+
+/// Makes a directory to mount on, in place of a link or whatever else is there.
+fn make_directory(path: &str) -> anyhow::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => return Ok(()),
+        Ok(_) => fs::remove_file(path)?,
+        Err(_) => {}
+    }
+    fs::create_dir(path).with_context(|| format!("creating {path}"))
+}
+
+/// Makes a file to mount on, in the same way.
+fn make_file(path: &str) -> anyhow::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_file() => return Ok(()),
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path)?,
+        Ok(_) => fs::remove_file(path)?,
+        Err(_) => {}
+    }
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path);
+    file.map(drop).with_context(|| format!("creating {path}"))
+}
+
+/// Makes read-only what root may write to in any user namespace, and what is the machine's: its
+/// sysctls and devices. The network's are the VM's own. /proc/sys itself stays as it is, for units
+/// that ask whether it can be written to.
+fn keep_from_the_machine(root: &str) -> anyhow::Result<()> {
+    mount("none", &format!("{root}/sys"), "read-only", "")?;
+    let mut kept = ["bus", "fs", "irq", "sysrq-trigger"]
+        .map(|name| format!("{root}/proc/{name}"))
+        .to_vec();
+    for entry in fs::read_dir(format!("{root}/proc/sys"))? {
+        let entry = entry?;
+        if entry.file_name() != "net" {
+            kept.push(entry.path().to_string_lossy().into_owned());
+        }
+    }
+    for path in kept.iter().filter(|path| Path::new(path).exists()) {
+        mount(path, path, "bind", "")?;
+        mount(path, path, "read-only", "")?;
+    }
+    Ok(())
+}
+
+/// Masks units where no file of the distro's does any other thing.
+fn mask<'a>(units: impl Iterator<Item = &'a str>, directory: &str) -> anyhow::Result<()> {
+    fs::create_dir_all(directory)?;
+    for unit in units {
+        symlink("/dev/null", format!("{directory}/{unit}"))?;
+    }
+    Ok(())
 }
