@@ -5,12 +5,11 @@ mod shell;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::{ensure, Context};
 
-use shell::{have_programs, scratch, sh};
+use shell::{have_programs, scratch};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// What the tests run, and the packages that it is in.
@@ -18,6 +17,22 @@ const PROGRAMS: &str = "bsdtar:libarchive-tools eu-strip:elfutils fakeroot:faker
         makepkg:makepkg meson:meson ninja:ninja-build nix-instantiate:nix-bin \
         pacman:pacman-package-manager rpm:rpm rpmbuild:rpm rpmlint:rpmlint";
 const SPEC: &str = include_str!("../packaging/rpm/wsl-binfmt-generator.spec");
+
+/// rpmbuild and nix take no path with a blank or a quote in it, and a checkout may have one. So all
+/// of it is reached by links.
+fn sh(name: &str, script: &str) -> anyhow::Result<String> {
+    let links = r#"
+        links=$(mktemp -d)
+        trap 'rm -r "$links"' EXIT
+        ln -s "$SOURCE" "$links/source"
+        ln -s "$PWD" "$links/here"
+        ln -s "$(dirname "$PWD")/sources" "$links/sources"
+        export SOURCE="$links/source"
+        sources=$links/sources
+        cd "$links/here"
+        "#;
+    shell::sh(name, &format!("{links}{script}"))
+}
 
 /// What Debian's rpmlint is told. It has the policy of no distribution.
 const RPMLINT: &str = r#"
@@ -44,8 +59,8 @@ fn rpm_builds_without_a_network_and_rpmlint_has_nothing_to_say() -> anyhow::Resu
     if !have_programs(PROGRAMS)? {
         return Ok(());
     }
-    let sources = sources()?;
-    let sh = |script: &str| sh("rpm", &format!("sources={}; {script}", sources.display()));
+    sources()?;
+    let sh = |script: &str| sh("rpm", script);
     // --nodeps: what it needs to build is here, but not as rpms. --nocheck: the build of Debian's
     // package runs the same tests. %debug_package is put in by Fedora, by openSUSE and since rpm
     // 4.20, not by Debian 12. Debian's brp-compress is written for bash, and called with dash.
@@ -148,13 +163,12 @@ fn makepkg_builds_the_package_of_arch() -> anyhow::Result<()> {
     if !have_programs(PROGRAMS)? {
         return Ok(());
     }
-    let sources = sources()?;
+    sources()?;
     let sh = |script: &str| {
         // makepkg refuses to work for root.
         let user = "if [ $(id -u) = 0 ]; then
                 user='unshare --map-user=1000 --map-group=1000'; else user=; fi";
-        let sources = sources.display();
-        sh("arch", &format!("sources={sources}; {user}; {script}"))
+        sh("arch", &format!("{user}; {script}"))
     };
     // --nodeps: pacman knows nothing of what is installed here. --nocheck as for the rpm.
     sh(&format!(
@@ -385,7 +399,8 @@ fn nix_evaluates_the_package_and_the_module() -> anyhow::Result<()> {
     let json = sh(
         "nix",
         r#"
-        export HOME=$PWD NIX_STATE_DIR=$PWD/state NIX_STORE_DIR=$PWD/store
+        HOME=$(pwd -P)
+        export HOME NIX_STATE_DIR="$HOME/state" NIX_STORE_DIR="$HOME/store"
         nix-instantiate --parse "$SOURCE"/packaging/nix/*.nix >/dev/null
         nix-instantiate --eval --strict --json --store dummy:// \
             --expr "import ./check.nix $SOURCE/packaging/nix""#,
@@ -412,11 +427,11 @@ fn nix_evaluates_the_package_and_the_module() -> anyhow::Result<()> {
 }
 
 /// The directory with the archives that packages are built from.
-fn sources() -> anyhow::Result<PathBuf> {
-    static MADE: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+fn sources() -> anyhow::Result<()> {
+    static MADE: OnceLock<Result<(), String>> = OnceLock::new();
     let made = MADE.get_or_init(|| {
         sh("sources", r#""$SOURCE/packaging/make-sources" ."#)
-            .and_then(|_| scratch("sources"))
+            .map(drop)
             .map_err(|e| format!("{e:#}"))
     });
     made.clone().map_err(anyhow::Error::msg)
