@@ -64,7 +64,7 @@ fn fuzz(target: &str, runs: u32) -> anyhow::Result<()> {
         r#"
         rm -rf found failed-*
         mkdir found
-        {program} found "$SOURCE/fuzz/corpus/{target}" -runs={runs} -seed=1 -max_len=512 \
+        ../build/programs/{target} found "$SOURCE/fuzz/corpus/{target}" -runs={runs} -seed=1 -max_len=512 \
             -timeout=10 -artifact_prefix="$PWD/failed-" >log 2>&1 || echo failed"#
     );
     let failed = !sh(target, &script)?.is_empty();
