@@ -1,0 +1,118 @@
+//! The program `wsl-vm` with images that nobody here made: what it says of those that it cannot
+//! try, and that it tries the others.
+
+mod shell;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::sync::Mutex;
+
+use anyhow::{ensure, Context};
+use wsl_vm::Machine;
+
+use shell::{have_programs, scratch, sh};
+
+/// How each is made in an empty directory, and what is said of it, after its name.
+const HOSTILE: &[(&str, &str)] = &[
+    ("mkdir image", "there is no /sbin/init in it"),
+    ("tar -cPf image --transform 's,^d,/outside/evil,' d", "there is no /sbin/init in it"),
+    ("tar -cPf image --transform 's,^d,../../evil,' d", "it does not unpack: ../../evil/: Path contains '..'"),
+    (
+        "ln -s $PWD/outside out; tar -cf image out; rm out; mkdir out; cp d/file out; tar -rf image out/file",
+        "it does not unpack: out/file: Cannot extract through symlink",
+    ),
+    ("head -c 100000 /dev/urandom >d/noise; tar -czf - d | head -c 90000 >image", "the archive is damaged"),
+    ("echo garbage >image", "it is neither a directory nor a tar archive"),
+    ("mkfifo image", "it is neither a file nor a directory"),
+    ("truncate -s 300M zero; tar -cSf image zero; tar -cf - zero | gzip -1 >image", "unpacked it has more than 95 MiB"),
+    (
+        "mkdir -p tree/sbin; cp /bin/true tree/sbin/init; tar -cf image -C tree .",
+        "systemd",
+    ),
+    ("true", "there is no such file"),
+];
+
+#[test]
+fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyhow::Result<()> {
+    if !can_be_tried()? {
+        return Ok(());
+    }
+    for (made, said) in HOSTILE {
+        let output = sh(
+            "hostile",
+            &format!(
+                r#"rm -rf image d out outside tree zero
+                mkdir d outside; echo x >d/file
+                {made}
+                status=0; ../links/wsl-vm --limit 100000000 image >said 2>&1 || status=$?
+                echo status $status
+                grep -v -e 'unpacking it' -e '^$' said
+                ls -A outside"#
+            ),
+        )?;
+        let lines: Vec<&str> = output.lines().collect();
+        ensure!(lines.len() == 2, "{made}: {output}");
+        ensure!(lines[0] == "status 2", "{made}: {output}");
+        ensure!(
+            lines[1].starts_with("image: ") && lines[1].contains(said),
+            "{made}: {output}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
+    if !can_be_tried()? {
+        return Ok(());
+    }
+    Machine::prepare(&["bullseye", "forky"])?;
+    for suite in ["bullseye", "forky"] {
+        // Stock, under a WSL that does nothing for interop.
+        let output = sh(
+            "debian",
+            &format!(
+                r#"tar -cf {suite}.tar --exclude './dev/*' -C ../links/trees/{suite} .
+                ../links/wsl-vm --wsl 1.2.5 {suite}.tar 2>/dev/null || echo status $?
+                rm {suite}.tar"#
+            ),
+        )?;
+        ensure!(
+            output.contains("Exec") || output.contains("do not start"),
+            "{output}"
+        );
+        ensure!(output.ends_with("status 1\n"), "{output}");
+    }
+    Ok(())
+}
+
+/// Builds the program, and says loudly where it cannot run; in CI that is a failure.
+fn can_be_tried() -> anyhow::Result<bool> {
+    if let Some(lack) = Machine::lacks() {
+        eprintln!("\nNO IMAGE IS TRIED: {lack}\n");
+        ensure!(std::env::var_os("CI").is_none(), "{lack}");
+        return Ok(false);
+    }
+    if !have_programs("gzip:gzip tar:tar")? {
+        return Ok(false);
+    }
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _lock = ONE_AT_A_TIME.lock();
+    sh(
+        "links",
+        r#"cd "$SOURCE"; "$CARGO" build --locked --quiet -p wsl-vm"#,
+    )?;
+    // Beside the test's own directory, `deps`; a shell may not like the way there.
+    let program = std::env::current_exe()?;
+    let built = program.ancestors().nth(2).context("no directory")?;
+    let target = built.parent().context("no directory")?;
+    for (name, to) in [
+        ("wsl-vm", built.join("wsl-vm")),
+        ("trees", target.join("wsl-vm/trees")),
+    ] {
+        let link = scratch("links")?.join(name);
+        let _ = fs::remove_file(&link);
+        symlink(to, link)?;
+    }
+    Ok(true)
+}
