@@ -5,8 +5,8 @@
 //! difference that makes. Exit status 1 if it was not as promised.
 
 #[allow(dead_code)] // Each user needs a part of it.
-#[path = "../tests/document/mod.rs"]
-mod document;
+#[path = "../tests/markdown/mod.rs"]
+mod markdown;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -384,7 +384,7 @@ fn show() -> anyhow::Result<bool> {
     };
     let played = play_all(&machine, alone, Life::parse)?;
     if !played.is_empty() {
-        document::print("docs/every-wsl.md", "matrix", &table(&played)?)?;
+        markdown::print("docs/every-wsl.md", "matrix", &table(&played)?)?;
     }
     // Or of one suite, as in CI, where `cargo test` plays most of the other.
     let mut suites = NEIGHBOURS.to_vec();
@@ -394,7 +394,7 @@ fn show() -> anyhow::Result<bool> {
     ensure!(!suites.is_empty(), "no neighbours on that suite");
     let beside = cases(&suites, &[Some(false), Some(true)]);
     let neighbours = play_all(&machine, beside, Beside::parse)?;
-    document::print(
+    markdown::print(
         "docs/neighbours.md",
         "neighbours",
         &neighbours_table(&neighbours),

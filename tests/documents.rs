@@ -2,7 +2,7 @@
 //! block says how: `run` and `prints` here, `run in the image` in tests/scenarios/packages.rs.
 
 #[allow(dead_code)] // Each user needs a part of it.
-mod document;
+mod markdown;
 mod shell;
 
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use anyhow::{ensure, Context};
 
-use document::blocks;
+use markdown::blocks;
 use shell::{have_programs, sh, SOURCE};
 
 const DOCUMENTS: [&str; 4] = [

@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use wsl_vm::Vm;
 
-use crate::document::blocks;
+use crate::markdown::blocks;
 use crate::verbs::Test;
 
 pub const IN_THE_IMAGE: &[Test] = &[

@@ -4,12 +4,12 @@
 
 mod by_hand;
 mod debian_package;
-#[allow(dead_code)] // Each user needs a part of it.
-#[path = "../document/mod.rs"]
-mod document;
 mod faults;
 mod generations;
 mod in_the_image;
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../markdown/mod.rs"]
+mod markdown;
 mod neighbours;
 mod order;
 mod others;

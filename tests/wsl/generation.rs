@@ -98,7 +98,7 @@ impl Generation {
         vec![
             "container=wsl".to_owned(),
             "container_host_id=windows".to_owned(),
-            format!("container_host_version_id={}", self.a_version()),
+            format!("container_host_version_id={}.0", self.a_version()),
         ]
     }
 
