@@ -88,7 +88,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         },
         expect: Expect::Differs {
             stock: &["start-limit-hit", ".exe then: Exec format error"],
-            ours: &["start-limit-hit", ".exe then: starts"],
+            ours: &["success", ".exe then: starts"],
         },
     },
     Scenario {
@@ -270,27 +270,28 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         },
     },
     Scenario {
-        name: "ten distros that boot at once",
+        name: "six distros that boot at once",
         play: |setting| {
-            // A distro dies with the thread that booted it.
+            // More would be too many instances of inotify: root has 128, in all VMs together. A
+            // distro dies with the thread that booted it.
             let (booted, distros) = mpsc::channel();
-            let looked = Barrier::new(11);
+            let looked = Barrier::new(7);
             thread::scope(|scope| {
-                for n in 0..10 {
+                for n in 0..6 {
                     let (booted, looked) = (booted.clone(), &looked);
                     scope.spawn(move || {
-                        let distro = ten_of(setting, n);
+                        let distro = six_of(setting, n);
                         let state = distro.as_ref().map(state).map_err(ToString::to_string);
                         booted.send(state).expect("somebody listens");
                         looked.wait();
                     });
                 }
-                let states = distros.iter().take(10);
+                let states = distros.iter().take(6);
                 let running =
                     states.filter(|s| s.as_ref().is_ok_and(|s| s.ends_with("system running")));
                 let seen = vec![
                     format!("{} running", running.count()),
-                    setting.entry("WSLInterop"),
+                    setting.settled(),
                     setting.entry("WSLInterop-next"),
                     setting.exe("then"),
                 ];
@@ -300,13 +301,13 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         },
         expect: Expect::Differs {
             stock: &[
-                "10 running",
+                "6 running",
                 MISSING,
                 "WSLInterop-next: missing",
                 ".exe then: Exec format error",
             ],
             ours: &[
-                "10 running",
+                "6 running",
                 PF,
                 "WSLInterop-next: missing",
                 ".exe then: starts",
@@ -397,7 +398,7 @@ fn userspace(distro: &Distro) -> Option<u64> {
 /// One of many, with a rule of its own. Python's, which all would have, is left out: where two of
 /// systemd-binfmt register the same name in the same instant, one fails with "File exists", which
 /// README.md tells as what remains.
-fn ten_of(setting: &Setting, n: u32) -> anyhow::Result<Distro> {
+fn six_of(setting: &Setting, n: u32) -> anyhow::Result<Distro> {
     setting
         .vm
         .distro(&format!("distro{n}"), setting.suite)

@@ -72,7 +72,7 @@ pub const VERBS: &[Test] = &[
             vm,
             &["restore"],
             1,
-            "/init: not an executable file, so this is no WSL2 distro",
+            "/init: no executable file that is mounted, so this is no WSL2 distro",
         )?;
         ensure!(vm.entry("WSLInterop") == "missing");
         Ok(())

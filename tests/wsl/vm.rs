@@ -20,6 +20,8 @@ use super::mount;
 
 /// The table's mount point.
 pub const TABLE: &str = "/proc/sys/fs/binfmt_misc";
+/// The program under test, by a path that shells need not quote.
+const PROGRAM: &str = "/vm/wsl-binfmt-generator";
 /// What WSL's mini_init registers once for the VM.
 pub const WSL_INTEROP: &str = ":WSLInterop:M::MZ::/init:FP";
 /// A Windows program.
@@ -77,6 +79,7 @@ impl Vm {
 
         fs::create_dir("/vm")?;
         fs::copy(paths.init(), "/vm/init")?;
+        fs::copy(paths.generator(), PROGRAM)?;
         fs::write("/init", "")?;
         mount("/vm/init", "/init", "bind", "")?;
         for program in [EXE, NO_EXTENSION] {
@@ -96,7 +99,7 @@ impl Vm {
 
     /// The program under test.
     pub fn generator(&self) -> Command {
-        let mut command = Command::new(self.paths.generator());
+        let mut command = Command::new(PROGRAM);
         command.env_clear();
         command
     }
@@ -106,7 +109,7 @@ impl Vm {
         let mut command = Command::new("strace");
         command
             .args(["--output=/dev/null", "-e", fault])
-            .arg(self.paths.generator())
+            .arg(PROGRAM)
             .env_clear();
         command
     }
