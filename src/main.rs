@@ -155,76 +155,64 @@ fn wants_colour() -> bool {
 
 fn main() -> ExitCode {
     let host = Host::from_environment();
-    let action = std::env::args_os()
-        .skip(1)
-        .map(|a| {
-            a.into_string()
-                .map_err(|a| format!("argument {a:?} is not UTF-8"))
-        })
-        .collect::<Result<Vec<_>, _>>()
-        .and_then(|arguments| parse(&arguments));
-
-    let (log, result) = match action {
-        Ok(Action::Help) => {
-            print(HELP);
-            return ExitCode::SUCCESS;
+    let arguments = std::env::args_os().skip(1).map(|argument| {
+        argument
+            .into_string()
+            .map_err(|argument| format!("argument {argument:?} is not UTF-8"))
+    });
+    let arguments: Result<Vec<_>, _> = arguments.collect();
+    let action = arguments.and_then(|arguments| parse(&arguments));
+    let log = match action {
+        Ok(Action::Generate { .. }) => Log::of_generator(&host),
+        _ => Log::of_verb(),
+    };
+    match action.map(|action| act(action, &host, &log)) {
+        Ok(Ok(true)) => ExitCode::SUCCESS,
+        Ok(Ok(false)) => ExitCode::FAILURE,
+        Ok(Err(error)) => {
+            log.error(&format!("{error:#}"));
+            ExitCode::FAILURE
         }
-        Ok(Action::Version) => {
+        Err(wrong) => {
+            log.error(&format!("{wrong}; see --help"));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Does it; false is the answer of `status` that not all is well.
+fn act(action: Action, host: &Host, log: &Log) -> anyhow::Result<bool> {
+    let done = match action {
+        Action::Generate { early } => verbs::generate::generate(host, &early, log),
+        Action::Restore { watch: true } => verbs::watch::watch(host, log),
+        Action::Restore { watch: false } => verbs::restore::restore(host, log),
+        Action::Guard => verbs::guard::guard(host, log),
+        Action::Release => verbs::unit::release(host),
+        Action::Started(unit) => verbs::unit::started(host, unit, true),
+        Action::Stopped(unit) => {
+            verbs::unit::stopped(host, unit, host::service_result().as_deref())
+        }
+        Action::Stopping => verbs::unit::stopping(host),
+        Action::Status { json } => {
+            let (text, healthy) = verbs::status::status(host, json, wants_colour());
+            print(&text);
+            return Ok(healthy);
+        }
+        Action::Help => {
+            print(HELP);
+            Ok(())
+        }
+        Action::Version => {
             print(concat!(
                 env!("CARGO_PKG_NAME"),
                 " ",
                 env!("CARGO_PKG_VERSION"),
                 "\n"
             ));
-            return ExitCode::SUCCESS;
-        }
-        Ok(Action::Status { json }) => {
-            let (text, healthy) = verbs::status::status(&host, json, wants_colour());
-            print(&text);
-            return match healthy {
-                true => ExitCode::SUCCESS,
-                false => ExitCode::FAILURE,
-            };
-        }
-        Ok(Action::Generate { early }) => {
-            let log = Log::of_generator(&host);
-            let result = verbs::generate::generate(&host, &early, &log);
-            (log, result)
-        }
-        Ok(Action::Restore { watch }) => {
-            let log = Log::of_verb();
-            let result = if watch {
-                verbs::watch::watch(&host, &log)
-            } else {
-                verbs::restore::restore(&host, &log)
-            };
-            (log, result)
-        }
-        Ok(Action::Guard) => {
-            let log = Log::of_verb();
-            let result = verbs::guard::guard(&host, &log);
-            (log, result)
-        }
-        Ok(Action::Release) => (Log::of_verb(), verbs::unit::release(&host)),
-        Ok(Action::Started(unit)) => (Log::of_verb(), verbs::unit::started(&host, unit, true)),
-        Ok(Action::Stopped(unit)) => {
-            let result = host::service_result();
-            let result = verbs::unit::stopped(&host, unit, result.as_deref());
-            (Log::of_verb(), result)
-        }
-        Ok(Action::Stopping) => (Log::of_verb(), verbs::unit::stopping(&host)),
-        Err(wrong) => {
-            Log::of_verb().error(&format!("{wrong}; see --help"));
-            return ExitCode::from(2);
+            Ok(())
         }
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            log.error(&format!("{error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    done.map(|()| true)
 }
 
 #[cfg(test)]

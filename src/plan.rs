@@ -57,6 +57,17 @@ macro_rules! file {
     };
 }
 
+/// The link by which a unit is started with another one.
+macro_rules! wanted {
+    ($by:literal, $unit:literal) => {
+        Output::Link {
+            path: concat!($by, ".wants/", $unit),
+            target: concat!("../", $unit),
+            needs: $unit,
+        }
+    };
+}
+
 /// Decides what a WSL2 distro with this wsl.conf gets. `interop.enabled=false` leaves out what
 /// restores the entry; what protects it stays, since the table belongs to all distros of the VM.
 /// Drop-ins that undo what is emitted are masked; those of the admin never.
@@ -68,31 +79,15 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
         file!("systemd-binfmt.service.d/10-wsl-interop.conf"),
         file!("binfmt-support.service.d/10-wsl-interop.conf"),
         file!("wsl-binfmt-guard.service"),
-        Output::Link {
-            path: "sysinit.target.wants/wsl-binfmt-guard.service",
-            target: "../wsl-binfmt-guard.service",
-            needs: "wsl-binfmt-guard.service",
-        },
-        Output::Link {
-            path: "proc-sys-fs-binfmt_misc.mount.wants/wsl-binfmt-guard.service",
-            target: "../wsl-binfmt-guard.service",
-            needs: "wsl-binfmt-guard.service",
-        },
+        wanted!("sysinit.target", "wsl-binfmt-guard.service"),
+        wanted!("proc-sys-fs-binfmt_misc.mount", "wsl-binfmt-guard.service"),
         file!("wsl-binfmt-release.service"),
-        Output::Link {
-            path: "shutdown.target.wants/wsl-binfmt-release.service",
-            target: "../wsl-binfmt-release.service",
-            needs: "wsl-binfmt-release.service",
-        },
+        wanted!("shutdown.target", "wsl-binfmt-release.service"),
     ];
     if conf.interop_enabled {
         outputs.push(file!("wsl-binfmt.service.d/10-wsl-interop.conf"));
         outputs.push(file!("wsl-interop-restore.service"));
-        outputs.push(Output::Link {
-            path: "sysinit.target.wants/wsl-interop-restore.service",
-            target: "../wsl-interop-restore.service",
-            needs: "wsl-interop-restore.service",
-        });
+        outputs.push(wanted!("sysinit.target", "wsl-interop-restore.service"));
     }
     let binfmt = "systemd-binfmt.service.d/10-wsl-interop.conf";
     let support = "binfmt-support.service.d/10-wsl-interop.conf";
