@@ -322,11 +322,10 @@ impl Record {
             let unfinished = is_name(&stand_in) && !matches!(table.inode(&stand_in), Ok(None));
             let vanished = own.inode != GONE && !flushed && !unfinished;
             let healed = match table.inode(&name) {
-                Ok(None) if self.unit.has_forgotten(host, &name) => {
-                    self.changed = true;
-                    continue;
-                }
-                Ok(None) if vanished && missing.before.contains(&name) => {
+                Ok(None)
+                    if self.unit.has_forgotten(host, &name)
+                        || (vanished && missing.before.contains(&name)) =>
+                {
                     self.changed = true;
                     continue;
                 }

@@ -119,19 +119,10 @@ pub fn settle(
     let steps = || {
         settle_entry(host, table, &mut settled)?;
         put_ahead(table, &mut records, foreign, &mut settled)?;
-        let mut entries = table.entries()?;
-        let stand_in = interop::find(&entries, STAND_IN);
-        let superfluous = stand_in.is_some_and(|entry| entry.interpreter == INIT);
-        entries.retain(|listed| listed.name != STAND_IN);
-        if quiet && superfluous {
-            if interop::needs_stand_in(&entries) {
-                bail!("{NAME} went again at once, so {STAND_IN} stays");
-            }
-            table.unregister(STAND_IN)?;
-            let deed = format!("removed {STAND_IN}, which {NAME} makes superfluous");
-            settled.deeds.push(deed);
+        match quiet {
+            true => drop_stand_in(table, &mut settled),
+            false => Ok(()),
         }
-        anyhow::Ok(())
     };
     let result = (steps)();
     settled.problems.extend(result.err());
@@ -139,6 +130,23 @@ pub fn settle(
         settled.problems.extend(record.write(host).err());
     }
     settled
+}
+
+/// Removes the stand-in, which WSLInterop makes superfluous.
+fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
+    let mut entries = table.entries()?;
+    let stand_in = interop::find(&entries, STAND_IN);
+    if stand_in.is_none_or(|entry| entry.interpreter != INIT) {
+        return Ok(());
+    }
+    entries.retain(|listed| listed.name != STAND_IN);
+    if interop::needs_stand_in(&entries) {
+        bail!("{NAME} went again at once, so {STAND_IN} stays");
+    }
+    table.unregister(STAND_IN)?;
+    let deed = format!("removed {STAND_IN}, which {NAME} makes superfluous");
+    settled.deeds.push(deed);
+    Ok(())
 }
 
 /// Makes the entry stand, with its flags and ahead of its rivals.
@@ -189,13 +197,8 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
     Ok(())
 }
 
-/// Puts those ahead whose magic is longer; first what somebody was killed at.
-fn put_ahead(
-    table: &Table,
-    records: &mut [Record],
-    foreign: Option<&mut Vec<String>>,
-    settled: &mut Settled,
-) -> anyhow::Result<()> {
+/// Finishes what somebody was killed at who put one ahead.
+fn finish(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     let entries = table.entries()?;
     for (name, left) in interop::unfinished(&entries) {
         if left.entry.holds_its_file() {
@@ -208,6 +211,17 @@ fn put_ahead(
         let deed = format!("removed {}, which {name} makes superfluous", left.name);
         settled.deeds.push(deed);
     }
+    Ok(())
+}
+
+/// Puts those ahead whose magic is longer.
+fn put_ahead(
+    table: &Table,
+    records: &mut [Record],
+    foreign: Option<&mut Vec<String>>,
+    settled: &mut Settled,
+) -> anyhow::Result<()> {
+    finish(table, settled)?;
     let mut now = Vec::new();
     let known = foreign.as_deref();
     for listed in interop::misplaced(&table.entries()?) {

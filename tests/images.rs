@@ -5,7 +5,7 @@ mod shell;
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{ensure, Context};
 use wsl_vm::Machine;
@@ -18,7 +18,7 @@ const HOSTILE: &[(&str, &str)] = &[
     ("tar -cPf image --transform 's,^d,/outside/evil,' d", "there is no /sbin/init in it"),
     ("tar -cPf image --transform 's,^d,../../evil,' d", "it does not unpack: ../../evil/: Path contains '..'"),
     (
-        "ln -s $PWD/outside out; tar -cf image out; rm out; mkdir out; cp d/file out; tar -rf image out/file",
+        "ln -s \"$PWD/outside\" out; tar -cf image out; rm out; mkdir out; cp d/file out; tar -rf image out/file",
         "it does not unpack: out/file: Cannot extract through symlink",
     ),
     ("head -c 100000 /dev/urandom >d/noise; tar -czf - d | head -c 90000 >image", "the archive is damaged"),
@@ -34,9 +34,9 @@ const HOSTILE: &[(&str, &str)] = &[
 
 #[test]
 fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyhow::Result<()> {
-    if !can_be_tried()? {
+    let Some(_lock) = can_be_tried()? else {
         return Ok(());
-    }
+    };
     for (made, said) in HOSTILE {
         let output = sh(
             "hostile",
@@ -63,9 +63,9 @@ fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyho
 
 #[test]
 fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
-    if !can_be_tried()? {
+    let Some(_lock) = can_be_tried()? else {
         return Ok(());
-    }
+    };
     Machine::prepare(&["bullseye", "forky"])?;
     for suite in ["bullseye", "forky"] {
         // Stock, under a WSL that does nothing for interop.
@@ -86,18 +86,19 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the program, and says loudly where it cannot run; in CI that is a failure.
-fn can_be_tried() -> anyhow::Result<bool> {
+/// Builds the program, or says loudly where it cannot run; in CI that is a failure. One test at a
+/// time: both make what a VM is made of.
+fn can_be_tried() -> anyhow::Result<Option<MutexGuard<'static, ()>>> {
     if let Some(lack) = Machine::lacks() {
         eprintln!("\nNO IMAGE IS TRIED: {lack}\n");
         ensure!(std::env::var_os("CI").is_none(), "{lack}");
-        return Ok(false);
+        return Ok(None);
     }
     if !have_programs("gzip:gzip tar:tar")? {
-        return Ok(false);
+        return Ok(None);
     }
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _lock = ONE_AT_A_TIME.lock();
+    let lock = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     sh(
         "links",
         r#"cd "$SOURCE"; "$CARGO" build --locked --quiet -p wsl-vm"#,
@@ -114,5 +115,5 @@ fn can_be_tried() -> anyhow::Result<bool> {
         let _ = fs::remove_file(&link);
         symlink(to, link)?;
     }
-    Ok(true)
+    Ok(Some(lock))
 }

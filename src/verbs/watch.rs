@@ -178,6 +178,27 @@ impl<'a> Watcher<'a> {
                 (blind, Some(error))
             }
         };
+        self.note(&change, now);
+        let uncovered = self.cover().err();
+        self.settle_if_due(now);
+
+        let failed = uncovered.iter().chain(&self.unsettled).any(is_failed_call);
+        let wait = match &unreported {
+            Some(_) => Some(UNREPORTED),
+            None => failed.then_some(self.retry),
+        };
+        self.retry = match failed {
+            true => (self.retry * 2).min(LONGEST_RETRY),
+            false => RETRY,
+        };
+        self.again_at = self.again_at.or(wait.map(|wait| now + wait));
+        let problems = unreported.iter().chain(&uncovered).chain(&self.unsettled);
+        self.told
+            .problems(problems.map(|error| format!("{error:#}")));
+    }
+
+    /// Takes note of what has changed, and until when it has to be quiet then.
+    fn note(&mut self, change: &Change, now: Instant) {
         let again = self.again_at.is_some_and(|at| now >= at);
         if again {
             self.again_at = None;
@@ -201,22 +222,6 @@ impl<'a> Watcher<'a> {
                 }
             }
         }
-        let uncovered = self.cover().err();
-        self.settle_if_due(now);
-
-        let failed = uncovered.iter().chain(&self.unsettled).any(is_failed_call);
-        let wait = match &unreported {
-            Some(_) => Some(UNREPORTED),
-            None => failed.then_some(self.retry),
-        };
-        self.retry = match failed {
-            true => (self.retry * 2).min(LONGEST_RETRY),
-            false => RETRY,
-        };
-        self.again_at = self.again_at.or(wait.map(|wait| now + wait));
-        let problems = unreported.iter().chain(&uncovered).chain(&self.unsettled);
-        self.told
-            .problems(problems.map(|error| format!("{error:#}")));
     }
 
     /// Gives Windows programs a stand-in if they need one.
