@@ -1,7 +1,7 @@
 //! An image of a distro that somebody made, as WSL would install it: an archive or a directory.
 //!
-//! WSL unpacks with bsdtar, and so does this: what one of them takes, the other does. It is told to
-//! change its root to where it unpacks, so that no name and no link can lead outside. How much
+//! bsdtar unpacks it, as it takes many formats, attributes and labels. It is told to change its
+//! root to where it unpacks, so that no name and no link can lead outside. How much
 //! comes out of the archive is counted between two processes: one that takes the compression off,
 //! and one that makes the files.
 
@@ -407,8 +407,8 @@ fn check_room(directory: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether a block has the checksum of a tar header. Of other archives that bsdtar reads WSL takes
-/// none, and what comes out of them would not be counted.
+/// Whether a block has the checksum of a tar header. Other archives that bsdtar reads are not taken:
+/// what comes out of them would not be counted.
 fn is_tar_header(block: &[u8]) -> bool {
     let stated = String::from_utf8_lossy(&block[148..156]);
     let stated = stated.trim_matches([' ', '\0']);

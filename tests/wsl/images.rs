@@ -23,7 +23,8 @@ use super::run_stage;
 /// Boots images of distros as WSL would, in a simulated WSL VM, and says whether Windows programs
 /// start whatever happens.
 ///
-/// Nothing of the machine is touched, and an image is not changed. Exit status: 0 if Windows
+/// An image is not changed. It is run as root of this machine, in namespaces of its own: try only what
+/// you would install. Exit status: 0 if Windows
 /// programs start on all occasions, the system is running and no unit has failed; 1 if something of
 /// that does not hold; 2 if something cannot be tried. With --with, it is the image with the
 /// package that counts; as it is, it is for comparison.
