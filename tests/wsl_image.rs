@@ -82,7 +82,7 @@ fn the_image_is_as_wsl_wants_it_and_windows_programs_start_in_it() -> anyhow::Re
     // Without a terminal a user is made, once; what fails is said, and leaves nothing behind.
     let first_run = |environment: &str| {
         sh(&format!(
-            "env {environment} chroot root /usr/lib/wsl/first-run </dev/null; echo status $?"
+            "status=0; env {environment} chroot root /usr/lib/wsl/first-run </dev/null || status=$?; echo status $status"
         ))
     };
     let said = first_run("WSL_USER='Not a name'")?;
