@@ -55,6 +55,7 @@ pub const ABOVE_EARLY: [&str; 3] = [
 pub const SYSTEMD: &str = "/run/systemd/system";
 /// Where WSL makes the sockets through which Windows programs start.
 pub const INTEROP_SOCKETS: &str = "/run/WSL";
+/// All sockets, proc_net(5).
 pub const UNIX_SOCKETS: &str = "/proc/net/unix";
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
@@ -62,17 +63,20 @@ pub const WSL_CONF: &str = "/etc/wsl.conf";
 pub const MOUNTS: &str = "/proc/self/mounts";
 /// WSL's own generator, a link to /init that it makes before systemd starts.
 pub const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
-/// Units and drop-ins of the admin, and of the vendor.
+/// Units and drop-ins of the admin.
 pub const LOCAL_UNITS: [&str; 3] = [
     "/etc/systemd/system",
     "/run/systemd/system",
     "/usr/local/lib/systemd/system",
 ];
+/// Those of the vendor.
 pub const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 /// The kernel's log.
 pub const KMSG: &str = "/dev/kmsg";
 
+/// The kernel's release, proc_sys_kernel(5).
 pub const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
+/// What PID 1 was started with, proc_pid_environ(5).
 pub const PID1_ENVIRONMENT: &str = "/proc/1/environ";
 /// What systemd as PID 1 has found in its `container=`.
 pub const PID1_CONTAINER: &str = "/run/systemd/container";
@@ -88,6 +92,7 @@ pub const COMMAND: &str = "/usr/bin/wsl-binfmt";
 pub const INVOCATIONS: &str = "/run/systemd/units/invocation:";
 /// Where each systemd that is PID 1 listens.
 pub const PRIVATE_SOCKET: &str = "/run/systemd/private";
+/// There in an initrd, os-release(5).
 pub const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// What Docker, Podman and systemd's container interface leave in a container.
 pub const CONTAINER_MARKERS: [&str; 3] = [

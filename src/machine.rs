@@ -102,21 +102,36 @@ pub fn neighbors(host: &Host, mut report: impl FnMut(String)) -> Neighbors {
     }
 }
 
-/// Whether another distro of the VM runs systemd, by proc_net(5): a socket is listed in all mount
-/// namespaces, and the distros of a VM have one network.
+/// Whether no other distro of the VM runs systemd: a socket is listed in all mount namespaces, and
+/// the distros of a VM have one network.
 ///
 /// # Errors
 /// The sockets cannot be listed.
-pub fn is_one_of_many(host: &Host) -> anyhow::Result<bool> {
+pub fn is_alone(host: &Host) -> anyhow::Result<bool> {
+    let sockets = unix_sockets(host)?;
+    let systemds = listening(&sockets).filter(|path| *path == PRIVATE_SOCKET);
+    Ok(systemds.count() <= 1)
+}
+
+/// The kernel's list of sockets, proc_net(5).
+///
+/// # Errors
+/// /proc is not mounted.
+pub fn unix_sockets(host: &Host) -> anyhow::Result<String> {
     let path = host.path(UNIX_SOCKETS);
     let sockets = fs::read(&path).with_context(|| format!("reading {path}"))?;
-    // The fourth field has the flag __SO_ACCEPTCON, the last is the path.
-    let listens = |line: &&str| {
-        line.ends_with(&format!(" {PRIVATE_SOCKET}"))
-            && line.split_ascii_whitespace().nth(3) == Some("00010000")
-    };
-    let sockets = String::from_utf8_lossy(&sockets);
-    Ok(sockets.lines().filter(listens).count() > 1)
+    Ok(String::from_utf8_lossy(&sockets).into_owned())
+}
+
+/// The paths of sockets on which somebody listens: Num, RefCount, Protocol, Flags, Type, St, Inode,
+/// Path; and the flags have `__SO_ACCEPTCON`.
+pub fn listening(sockets: &str) -> impl Iterator<Item = &str> {
+    sockets.lines().filter_map(|line| {
+        let flags = line.split_ascii_whitespace().nth(3)?;
+        let flags = u32::from_str_radix(flags, 16).ok()?;
+        let path = line.find(" /").and_then(|at| line.get(at + 1..))?;
+        (flags & 0x10000 != 0).then_some(path)
+    })
 }
 
 /// Whether the mounts of this process are known to be others than the distro's.

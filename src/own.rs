@@ -41,11 +41,14 @@ impl Unit {
         host.modified(&format!("{STATE}/{}", self.name()))
     }
 
-    /// When it was started without the drop-in that makes that directory: while it is active, systemd
-    /// has a link with its invocation for journald. There is none if it has failed, as under WSL's
-    /// lock. Then it is when systemd was, at the earliest, which is enough where nobody else may have
-    /// registered anything.
-    fn started_before_us(self, host: &Host, alone: bool) -> anyhow::Result<Option<Time>> {
+    /// The same, also without the drop-in that makes that directory: while it is active, systemd has a
+    /// link with its invocation for journald. There is none if it has failed, as under WSL's lock, or
+    /// has stopped. Then it is when systemd was, at the earliest, which is enough where nobody else may
+    /// have registered anything.
+    fn started_at_all(self, host: &Host, alone: bool) -> anyhow::Result<Option<Time>> {
+        if let Some(started) = self.started(host)? {
+            return Ok(Some(started));
+        }
         let link = format!("{INVOCATIONS}{}.service", self.name());
         match host.link_made(&link)? {
             None if alone => host.modified(PRIVATE_SOCKET),
@@ -171,6 +174,11 @@ impl Record {
         }
     }
 
+    /// The names of what is written down.
+    pub fn names(&self) -> Vec<String> {
+        self.rules.iter().map(|own| own.name().to_owned()).collect()
+    }
+
     /// Whether nothing is written down.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
@@ -281,22 +289,38 @@ impl Record {
         self.changed = true;
     }
 
-    /// Takes up what the service has registered since it was started, when nobody was there to write
-    /// it down. What it replaced then cannot be seen any more. Where there may be another distro, that
-    /// has it, too, and may have registered its own since.
-    fn take_up_late(&mut self, host: &Host, table: &Table, shared: bool) -> anyhow::Result<()> {
-        let Some(start) = self.unit.started_before_us(host, !shared)? else {
+    /// Takes up what has been registered under the service's names since it was started, and nobody
+    /// has written down: before there was this program, or beside the unit. What was replaced then
+    /// cannot be seen any more. Where this distro is not `alone`, another one has it, too, and may have
+    /// registered its own since.
+    fn take_up_late(&mut self, host: &Host, table: &Table, alone: bool) -> anyhow::Result<()> {
+        let Some(start) = self.unit.started_at_all(host, alone)? else {
             return Ok(());
         };
-        for (name, _) in self.unit.registers(host).0 {
+        let before = host.own_text(BEFORE)?;
+        // Both services may have rules of one name.
+        let written = Record::read_all(host)?;
+        for (name, text) in self.unit.registers(host).0 {
             let (Ok(Some((inode, time))), Ok(Some(entry))) =
                 (table.identity(&name), table.read(&name))
             else {
                 continue;
             };
+            let rule = entry.rule(&name);
+            // Somebody has another rule of that name, or it was left to others.
+            let is_other = match (self.rules.iter().find(|own| own.name() == name), &text) {
+                (Some(own), _) => own.rule != rule,
+                (None, Some(text)) => !is_of(&entry, text),
+                (None, None) => false,
+            };
+            let is_written = written.iter().any(|record| record.has(inode));
+            if is_other || is_written || handed_back(&entry).is_some() {
+                continue;
+            }
             let since = nanoseconds(time) - nanoseconds(start);
-            if since >= -LAG && (!shared || since <= START) && !self.has(inode) {
-                self.push(inode, shared, entry.rule(&name));
+            if since >= -LAG && (alone || since <= START) {
+                let shared = !alone || before.lines().any(|line| line == name);
+                self.push(inode, shared, rule);
             }
         }
         self.take_up_beside(host, table);
@@ -357,6 +381,18 @@ impl Record {
         }
         (deeds, errors)
     }
+}
+
+/// Whether an entry runs what this rule of binfmt.d has it run, and in the same way.
+fn is_of(entry: &Entry, rule: &str) -> bool {
+    let in_order = |flags: &str| {
+        let mut flags: Vec<char> = flags.chars().collect();
+        flags.sort_unstable();
+        flags
+    };
+    binfmt_d::parse(rule, "").iter().any(|rule| {
+        rule.interpreter == entry.interpreter && in_order(&rule.flags) == in_order(&entry.flags)
+    })
 }
 
 /// In nanoseconds: by less than this the kernel's clock for files may lag behind.
@@ -445,8 +481,14 @@ fn first(errors: Vec<Error>) -> anyhow::Result<()> {
 pub fn release(host: &Host, table: &Table, unit: Unit) -> anyhow::Result<()> {
     let mut record = Record::read(host, unit)?;
     record.take_up_beside(host, table);
+    // What was registered beside the unit looks as if it were another distro's.
+    let late = match machine::is_alone(host) {
+        Ok(true) => record.take_up_late(host, table, true),
+        other => other.map(drop),
+    };
     unregister(table, &record.rules)?;
-    host.remove(&unit.record())
+    host.remove(&unit.record())?;
+    late
 }
 
 /// An entry with `F` holds a file of this distro, and goes. One without is the same whoever
@@ -493,7 +535,7 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
 pub fn take_over(host: &Host, table: &Table) -> anyhow::Result<()> {
     for unit in Unit::ALL {
         let mut record = Record::read(host, unit)?;
-        record.take_up_late(host, table, machine::is_one_of_many(host)?)?;
+        record.take_up_late(host, table, machine::is_alone(host)?)?;
         record.write(host)?;
     }
     Ok(())

@@ -25,7 +25,7 @@ use crate::binfmt_d::{self, Rule};
 use crate::binfmt_misc::{self, Listed};
 use crate::host::{
     self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
-    LOCAL_UNITS, MOUNT_INFOS, STATE, SYSTEMD, UNIX_SOCKETS, VENDOR_UNITS,
+    LOCAL_UNITS, MOUNT_INFOS, SYSTEMD, VENDOR_UNITS,
 };
 use crate::machine;
 use crate::mounts;
@@ -237,8 +237,10 @@ impl Files {
             rules: binfmt_d::rules(host),
             denied,
             formats: host.names(FORMATS),
-            recorded: own::Unit::ALL
-                .map(|unit| recorded(&host.text(&format!("{STATE}/{}.rules", unit.name())))),
+            recorded: own::Unit::ALL.map(|unit| {
+                let record = own::Record::read(host, unit);
+                record.map(|record| record.names()).unwrap_or_default()
+            }),
             ..Files::default()
         };
         files.read_generator(host);
@@ -322,13 +324,6 @@ fn fate(path: &Utf8Path) -> Option<Fate> {
         true => Some(Fate::Runs),
         false => None,
     }
-}
-
-/// The names in a record, each line of which has two words before a rule.
-fn recorded(record: &str) -> Vec<String> {
-    let rules = record.lines().filter_map(|line| line.splitn(3, ' ').nth(2));
-    let named = rules.flat_map(|rule| binfmt_d::parse(rule, ""));
-    named.map(|rule| rule.name).collect()
 }
 
 /// The kernel's table.
@@ -434,14 +429,13 @@ impl Session {
     /// # Errors
     /// /proc is not mounted.
     pub fn read(host: &Host) -> anyhow::Result<Session> {
-        let sockets = fs::read(host.path(UNIX_SOCKETS)).context("reading the list of sockets")?;
-        let sockets = String::from_utf8_lossy(&sockets);
+        let sockets = machine::unix_sockets(host)?;
         let look = |path: String| {
             let below = host.path(&path);
             let real = below.canonicalize_utf8().unwrap_or_else(|_| below.clone());
             Socket {
                 exists: below.exists(),
-                is_alive: sockets.lines().any(|line| listens(line, &real)),
+                is_alive: machine::listening(&sockets).any(|path| path == real),
                 path,
             }
         };
@@ -474,13 +468,4 @@ fn ancestors(host: &Host) -> Vec<u32> {
     let own = std::os::unix::process::parent_id();
     let all = std::iter::successors(Some(own).filter(|pid| *pid != 0), parent);
     all.take(64).collect()
-}
-
-/// Whether a line of /proc/net/unix (Num, RefCount, Protocol, Flags, Type, St, Inode, Path) is of
-/// this socket, and says by `__SO_ACCEPTCON` in the flags that somebody listens.
-fn listens(line: &str, path: &Utf8Path) -> bool {
-    let mut fields = line.split_ascii_whitespace().skip(3);
-    let flags = fields.next().and_then(|f| u32::from_str_radix(f, 16).ok());
-    let own = line.find(" /").and_then(|at| line.get(at + 1..));
-    flags.is_some_and(|flags| flags & 0x10000 != 0) && own == Some(path.as_str())
 }

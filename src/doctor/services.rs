@@ -157,7 +157,10 @@ impl Registrar<'_> {
         let unknown: Vec<_> = names.filter(unknown).collect();
         let runs = self.unit.get("ActiveState") == "active" && self.standing.is_some();
         (runs && !unknown.is_empty()).then(|| {
-            let found = format!("would stay when this distro stops: {}", unknown.join(", "));
+            let found = format!(
+                "not written down as this distro's, and may stay when it stops: {}",
+                unknown.join(", ")
+            );
             let restart = format!("systemctl restart {}", self.unit.get("Id"));
             Finding::note(self.check, found).by_root(restart)
         })

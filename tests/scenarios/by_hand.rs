@@ -1,5 +1,7 @@
 //! What people, packages and drop-ins for all services do beside systemd's own starts and stops.
 
+use std::thread;
+
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
@@ -33,33 +35,48 @@ pub const BY_HAND: &[Test] = &[
             stops_without_harm(vm, mine)
         })
     }),
+    ("by hand: systemd-binfmt beside its unit", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            mine.run("echo ':newfmt:M::NEWFMT::/bin/cat:F' >/etc/binfmt.d/new.conf");
+            for files in ["", "test.conf new.conf"] {
+                // It is not to empty the table, and says that it cannot.
+                mine.run(&format!("/usr/lib/systemd/systemd-binfmt {files}"));
+                guarded(vm, &mine)?;
+                ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));
+                ensure!(vm.entry("newfmt") == STANDS, "{}", vm.entry("newfmt"));
+            }
+            // Until the watcher has seen it, too, and taken it for another distro's.
+            thread::sleep(SOON);
+            mine.poweroff()?;
+            ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
+            Ok(())
+        })
+    }),
     (
-        "by hand: systemd-binfmt beside its unit, then the unit again",
+        "by hand: systemd-binfmt beside its unit, and beside a peer",
         |vm| {
-            everywhere(vm, |vm, distro| {
-                let mine = distro.boot()?;
-                for files in ["", "test.conf"] {
-                    // It is not to empty the table, and says that it cannot.
-                    mine.run(&format!("/usr/lib/systemd/systemd-binfmt {files}"));
-                    guarded(vm, &mine)?;
-                    ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));
-                }
-                let said = mine.run("systemctl restart systemd-binfmt");
-                ensure!(said.is_empty(), "{said}");
-                mine.poweroff()?;
-                // Without F it holds no file. Whose the name was before cannot be known.
-                let left = vm.entry("testfmt");
-                ensure!(!left.ends_with('F'), "{left}");
-                if left != "missing" {
-                    vm.write("testfmt", "-1")?;
-                }
-                Ok(())
-            })
+            let rule = format!("{RULE}\n");
+            let peer = vm.distro("peer", "trixie").generator(true);
+            let peer = peer.file("/etc/binfmt.d/test.conf", &rule).boot()?;
+            let mine = vm.distro("mine", "trixie").generator(true);
+            let mine = mine.file("/etc/binfmt.d/test.conf", &rule).boot()?;
+            mine.run("/usr/lib/systemd/systemd-binfmt test.conf");
+            // Nobody can tell whose that is, but the peer is not to lose it.
+            peer.run("/usr/lib/systemd/systemd-binfmt test.conf");
+            let entry = vm.entry_identity("testfmt")?;
+            mine.poweroff()?;
+            ensure!(vm.entry_identity("testfmt")? == entry, "it went");
+            peer.poweroff()?;
+            ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
+            Ok(())
         },
     ),
     ("by hand: the table's mount unit is restarted", |vm| {
         everywhere(vm, |vm, distro| {
             let mine = distro.boot()?;
+            // While the watcher looks into it, the mount is busy, as with any other process.
+            thread::sleep(SOON);
             let said = mine.run("systemctl restart proc-sys-fs-binfmt_misc.mount");
             ensure!(said.is_empty(), "{said}");
             guarded(vm, &mine)?;
@@ -69,7 +86,9 @@ pub const BY_HAND: &[Test] = &[
     ("by hand: the table's mount unit is stopped", |vm| {
         everywhere(vm, |vm, distro| {
             let mine = distro.boot()?;
-            mine.run("systemctl stop proc-sys-fs-binfmt_misc.mount");
+            thread::sleep(SOON);
+            let said = mine.run("systemctl stop proc-sys-fs-binfmt_misc.mount");
+            ensure!(said.is_empty(), "{said}");
             // Whoever looks into it has it mounted.
             mine.run("systemctl start proc-sys-fs-binfmt_misc.mount");
             guarded(vm, &mine)?;
@@ -153,7 +172,7 @@ pub const BY_HAND: &[Test] = &[
                 Ok(())
             })?;
             let identity = vm.entry_identity("WSLInterop")?;
-            std::thread::sleep(2 * SOON);
+            thread::sleep(2 * SOON);
             ensure!(vm.entry_identity("WSLInterop")? == identity, "a fight");
             mine.run(&format!(
                 "for rival in {TABLE}/riv* {TABLE}/other; do echo -1 >$rival; done"

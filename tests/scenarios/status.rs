@@ -416,7 +416,7 @@ pub const STATUS: &[Test] = &[
         ));
         examine(&distro, "rules-unrecorded", SOCKET)?;
         distro.run("systemctl restart systemd-binfmt");
-        ensure!(!look(&distro, SOCKET, "").contains("would stay"));
+        ensure!(!look(&distro, SOCKET, "").contains("may stay"));
         Ok(())
     }),
     ("status: binfmt-support has failed", |vm| {
