@@ -2,7 +2,7 @@
 //! here, however it ended.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Stdio};
 use std::thread;
@@ -79,6 +79,20 @@ impl Machine {
                 release.trim()
             )),
         }
+    }
+
+    /// Whether a test of this can be run here. If not, that is said, past the harness of Rust's tests,
+    /// which keeps to itself what a test that passes has said.
+    ///
+    /// # Errors
+    /// It cannot, and this is CI, where that is a failure.
+    pub fn is_had_for(what: &str) -> anyhow::Result<bool> {
+        let Some(lack) = Machine::lacks() else {
+            return Ok(true);
+        };
+        ensure!(std::env::var_os("CI").is_none(), "{lack}");
+        writeln!(io::stderr(), "\n{what} NOT TESTED: {lack}\n")?;
+        Ok(false)
     }
 
     /// Makes what VMs with distros of these Debian suites need, or finds it made.
