@@ -44,7 +44,7 @@ pub fn check(facts: &Facts, files: &Files, protect: bool) -> Vec<Finding> {
             rules: rules.map(|rule| (&*rule.name, &*rule.path)).collect(),
             recorded: by_binfmt,
             standing,
-            denied: files.denied.first(),
+            denied: files.denied.first().map(String::as_str),
         },
         Registrar {
             check: "binfmt-support",
@@ -78,7 +78,7 @@ struct Registrar<'a> {
     /// What there is in the table, if that can be seen.
     standing: Option<&'a [Listed]>,
     /// A file of rules that only root can read.
-    denied: Option<&'a String>,
+    denied: Option<&'a str>,
 }
 
 impl Registrar<'_> {
@@ -88,51 +88,49 @@ impl Registrar<'_> {
 
     /// Whether it does what it is for, which is mostly no more than a note.
     fn state(&self) -> Finding {
+        let (check, name) = (self.check, self.unit.get("Id"));
+        match (self.unit.get("LoadState"), self.denied, self.standing) {
+            ("not-found", ..) => Finding::note(check, "not installed"),
+            ("masked", ..) => {
+                let at_runtime = self.unit.get("FragmentPath").starts_with("/run/");
+                let option = if at_runtime { " --runtime" } else { "" };
+                let start = format!("systemctl unmask{option} {name} && systemctl start {name}");
+                Finding::note(check, "masked: its rules are not registered").by_root(start)
+            }
+            (_, Some(path), _) => Finding::denied(check, path),
+            (_, None, None) => {
+                let found = format!("{}; its rules cannot be seen", state(self.unit));
+                Finding::note(check, found)
+            }
+            (_, None, Some(_)) => self.registered(),
+        }
+    }
+
+    /// Whether its rules are in the table.
+    fn registered(&self) -> Finding {
         let (check, unit, name) = (self.check, self.unit, self.unit.get("Id"));
-        let hint = |found: &str, command| Finding::note(check, found).by_root(command);
-        let bad = |found| Finding::new(check, State::Degraded, found);
-        let is = state(unit);
-        let restart = format!("systemctl restart {name}");
         let missing = self.rules.iter().filter(|(name, _)| self.is_missing(name));
         let (missing, mut paths): (Vec<_>, Vec<_>) = missing.copied().unzip();
         let gone = self.recorded.iter().filter(|name| self.is_missing(name));
         let gone: Vec<_> = gone.map(String::as_str).collect();
+        let (is, gone, missing) = (state(unit), gone.join(", "), missing.join(", "));
         let all = format!("{is}; its rules are registered");
-        let not = format!("{is}; not registered: {}", missing.join(", "));
+        let not = format!("{is}; not registered: {missing}");
+        let hint = |found: &str, command| Finding::note(check, found).by_root(command);
+        let bad = |found| Finding::new(check, State::Degraded, found);
+        let restart = format!("systemctl restart {name}");
         let skipped =
             unit.get("ConditionResult") == "no" && unit.get("ConditionTimestampMonotonic") != "0";
         match (unit.get("ActiveState"), missing.is_empty()) {
-            _ if unit.get("LoadState") == "not-found" => Finding::note(check, "not installed"),
-            _ if unit.get("LoadState") == "masked" => {
-                let at_runtime = unit.get("FragmentPath").starts_with("/run/");
-                let how = if at_runtime {
-                    "unmask --runtime"
-                } else {
-                    "unmask"
-                };
-                let start = format!("systemctl {how} {name} && systemctl start {name}");
-                hint("masked: its rules are not registered", start)
-            }
-            _ if self.denied.is_some() => {
-                Finding::denied(check, self.denied.map_or("", |path| path))
-            }
-            _ if self.standing.is_none() => {
-                Finding::note(check, format!("{is}; its rules cannot be seen"))
-            }
             ("active", _) if !gone.is_empty() => {
-                let found = format!(
-                    "{is}, but rules of this distro are gone: {}",
-                    gone.join(", ")
-                );
-                bad(found).by_root(restart)
+                bad(format!("{is}, but rules of this distro are gone: {gone}")).by_root(restart)
             }
-            ("active", true) => Finding::good(check, all),
             ("active", false) => hint(&not, restart),
             ("failed", true) => hint(&format!("{all}, so it does no harm"), again(name)),
             // A rule that the kernel does not take has to be edited; after all else a restart helps.
             ("failed", false) if check == "systemd-binfmt" && failure(unit).is_none() => {
                 paths.dedup();
-                let (paths, missing) = (paths.join(", "), missing.join(", "));
+                let paths = paths.join(", ");
                 let how = format!("{paths}: correct or delete {missing}; then {}", again(name));
                 bad(not).edit(how)
             }
