@@ -62,12 +62,10 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
         for whose in ["stock", "ours"] {
             let name = format!("{whose}{round}");
             vm.renew_interop()?;
+            let distro = builder(vm, &name, whose)?;
             let distro = match what {
-                "apt" => {
-                    vm.bring_packages(&name, SUITE)?;
-                    builder(vm, &name, whose)?.binfmt_support()
-                }
-                _ => builder(vm, &name, whose)?,
+                "apt" => distro.bring_packages(SUITE)?.binfmt_support(),
+                _ => distro,
             };
             let distro = distro.generation(generation).boot()?;
             let measured = match what {

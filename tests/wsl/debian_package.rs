@@ -3,7 +3,7 @@
 //! a change.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
@@ -12,7 +12,7 @@ use anyhow::{ensure, Context};
 
 use super::debian::{require, tree};
 use super::distro::Builder;
-use super::machine::{succeed, target_directory};
+use super::machine::{directory, succeed};
 use super::project;
 use super::vm::Vm;
 
@@ -30,7 +30,7 @@ const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
 pub struct DebianPackage {
     /// The tree, with the sources in `/build/wsl-binfmt-generator-VERSION`.
     pub tree: PathBuf,
-    /// Holds the package and the later one.
+    /// Holds the package in `package`, its files in `files`, and a later one in `upgrade`.
     pub directory: PathBuf,
 }
 
@@ -40,7 +40,7 @@ impl DebianPackage {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
-        let trees = target_directory()?.join("wsl-vm/debian");
+        let trees = directory()?.join("debian");
         let (foreign, _) = FOREIGN;
         let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
         let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
@@ -85,27 +85,21 @@ impl DebianPackage {
             cd "$name"
             dpkg-buildpackage --unsigned-source --unsigned-changes"#;
         self.run(unpack)?;
-        let later = r#"
+        let parts = r#"
             cd /build
-            dpkg-deb -R wsl-binfmt-generator_*.deb later
+            mkdir package upgrade
+            cp wsl-binfmt-generator_*.deb package
+            dpkg-deb -x package/*.deb files
+            dpkg-deb -R package/*.deb later
             sed -i 's/^Version: .*/&+later/' later/DEBIAN/control
-            mkdir upgrade
             dpkg-deb -b later upgrade"#;
-        self.run(later)?;
-        for (from, to) in [("build", "package"), ("build/upgrade", "upgrade")] {
-            let to = self.directory.join(to);
-            fs::create_dir(&to)?;
-            for entry in fs::read_dir(self.tree.join(from))? {
-                let entry = entry?;
-                let name = entry.file_name();
-                if name.to_string_lossy().starts_with("wsl-binfmt-generator_")
-                    && name.to_string_lossy().ends_with(".deb")
-                {
-                    fs::copy(entry.path(), to.join(name))?;
-                }
-            }
-        }
-        Ok(())
+        self.run(parts)?;
+        succeed(
+            Command::new("cp")
+                .arg("-a")
+                .args(["package", "files", "upgrade"].map(|part| build.join(part)))
+                .arg(&self.directory),
+        )
     }
 
     /// Compiles for the other architecture, but does not link, which would need a C compiler for it.
@@ -137,30 +131,21 @@ impl DebianPackage {
     }
 }
 
-impl Vm {
-    /// Puts the package into a distro that is yet to be booted, as `/var/package` and
-    /// `/var/upgrade`.
-    pub fn bring_debian_package(&self, distro: &str) -> anyhow::Result<()> {
-        let inside = Path::new("/vm").join(distro).join("upper/var");
-        fs::create_dir_all(&inside)?;
-        let packages = self.paths.directory.join("debian/packages");
-        succeed(
-            Command::new("cp")
-                .arg("-r")
-                .args(["package", "upgrade"].map(|name| packages.join(name)))
-                .arg(inside),
-        )
+impl Builder<'_> {
+    /// With the package as `/var/package`, and a later one as `/var/upgrade`.
+    pub fn bring_debian_package(self) -> anyhow::Result<Self> {
+        let packages = directory()?.join("debian/packages");
+        Ok(self
+            .copy(packages.join("package"), "/var/package")
+            .copy(packages.join("upgrade"), "/var/upgrade"))
     }
+}
 
-    /// A distro that is yet to be booted, with the files of the package.
+impl Vm {
+    /// A distro with the files of the package.
     pub fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>> {
-        let inside = Path::new("/vm").join(distro).join("upper");
-        fs::create_dir_all(&inside)?;
-        for package in fs::read_dir(self.paths.directory.join("debian/packages/package"))? {
-            let package = package?.path();
-            succeed(Command::new("dpkg-deb").arg("-x").args([&package, &inside]))?;
-        }
-        Ok(self.distro(distro, "trixie"))
+        let files = directory()?.join("debian/packages/files");
+        Ok(self.distro(distro, "trixie").copy(files, "/"))
     }
 }
 

@@ -2,7 +2,6 @@
 //! of WSL: each occasion on which they could stop starting, with a hammer on it.
 
 use std::fs;
-use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -10,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::distro::{Builder, Distro};
 use super::generation::Generation;
-use super::image::{outside, resolve};
+use super::image::resolve;
 use super::vm::Vm;
 
 /// The name of the generator, and of the link to it that users call.
@@ -115,11 +114,8 @@ pub fn play(vm: &Vm, case: &Case) -> anyhow::Result<Seen> {
         occasions: Vec::new(),
     };
     let mut notes = Vec::new();
-    if let Some(package) = &case.package {
-        put_in(package, case, Path::new("/vm/mine/upper"), &mut notes)
-            .context("putting the package in")?;
-    }
-    let mine = play.at(|| distro(vm, "mine", case)?.boot())?;
+    let mine = with_package(distro(vm, "mine", case)?, case, &mut notes)?;
+    let mine = play.at(|| mine.boot())?;
     let registered = vm.entries();
     let registered = registered
         .iter()
@@ -173,8 +169,7 @@ fn distro<'vm>(vm: &'vm Vm, name: &str, case: &Case) -> anyhow::Result<Builder<'
     let generation = Generation::named(&case.generation)?;
     let version = format!("container_host_version_id={}", case.version);
     Ok(vm
-        .distro(name, "")
-        .image(&case.tree)
+        .image(name, &case.tree)
         .generation(generation)
         .environment(&["container=wsl", "container_host_id=windows", &version]))
 }
@@ -306,64 +301,47 @@ fn failed_unit(distro: &Distro, unit: &str) -> FailedUnit {
     }
 }
 
-/// Puts the package into the upper layer of a distro.
-fn put_in(
-    package: &Package,
+/// The distro with the package put in.
+fn with_package<'vm>(
+    distro: Builder<'vm>,
     case: &Case,
-    upper: &Path,
     notes: &mut Vec<String>,
-) -> anyhow::Result<()> {
-    // Through links in the image, as a package manager would, and not over them.
-    let place = |path: &Path| -> anyhow::Result<PathBuf> {
-        let path = outside(upper, &resolve(&case.tree, path)?);
-        fs::create_dir_all(path.parent().context("a file needs a directory")?)?;
-        Ok(path)
-    };
+) -> anyhow::Result<Builder<'vm>> {
     let generators = case.systemd.join("system-generators");
-    match package {
-        Package::Program(program) => {
+    Ok(match &case.package {
+        None => distro,
+        Some(Package::Program(program)) => {
             let generator = generators.join(GENERATOR);
-            let copy = place(&generator)?;
-            fs::copy(program, &copy)?;
-            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
-            symlink(generator, place(Path::new(COMMAND))?)?;
+            let generator = generator.to_str().context("a path that is not UTF-8")?;
+            distro.copy(program, generator).link(COMMAND, generator)
         }
-        Package::Files(files) => {
-            for file in files_below(files)? {
-                let inside = Path::new("/").join(file.strip_prefix(files)?);
-                let copy = place(&inside)?;
-                if file.is_symlink() {
-                    symlink(fs::read_link(&file)?, copy)?;
-                } else {
-                    fs::copy(&file, copy)?;
-                }
-                let directory = inside.parent().context("a file has a directory")?;
-                if inside.ends_with(GENERATOR)
-                    && directory.ends_with("system-generators")
-                    && resolve(&case.tree, directory)? != generators
+        Some(Package::Files(files)) => {
+            for directory in directories_below(files)? {
+                let inside = Path::new("/").join(directory.strip_prefix(files)?);
+                if inside.ends_with("system-generators")
+                    && resolve(&case.tree, &inside)? != generators
                 {
                     notes.push(format!(
                         "The package has its generator in {}, and this systemd looks in {}.",
-                        directory.display(),
+                        inside.display(),
                         generators.display()
                     ));
                 }
             }
+            distro.copy(files, "/")
         }
-    }
-    Ok(())
+    })
 }
 
-/// All files and links below a directory.
-fn files_below(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
+/// All directories below one.
+fn directories_below(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut directories = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            files.extend(files_below(&entry.path())?);
-        } else {
-            files.push(entry.path());
+            directories.push(entry.path());
+            directories.extend(directories_below(&entry.path())?);
         }
     }
-    Ok(files)
+    Ok(directories)
 }

@@ -18,7 +18,7 @@ use nix::sys::statvfs::statvfs;
 
 use super::debian::require;
 use super::generation::setting;
-use super::machine::target_directory;
+use super::machine;
 
 /// More than this no image is taken to have.
 pub const LIMIT: u64 = 16 << 30;
@@ -226,7 +226,7 @@ impl std::fmt::Display for Program {
 
 /// Where images are unpacked: nobody but root gets at their files, some of which may be setuid.
 fn directory() -> anyhow::Result<PathBuf> {
-    let directory = target_directory()?.join("wsl-vm/images");
+    let directory = machine::directory()?.join("images");
     fs::create_dir_all(&directory)?;
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
     Ok(directory)

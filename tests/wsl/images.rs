@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -17,7 +18,7 @@ use super::debian::require;
 use super::examine::{play, Case, Package, Seen, OCCASIONS};
 use super::generation::Generation;
 use super::image::{Image, LIMIT};
-use super::machine::{succeed, target_directory, Machine};
+use super::machine::{directory, succeed, Machine};
 use super::run_stage;
 
 /// Boots images of distros as WSL would, in a simulated WSL VM, and says whether Windows programs
@@ -141,11 +142,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
     Ok(verdict)
 }
 
-/// What is to be put in.
+/// What is to be put in, in a directory that is taken away at the end.
 struct Opened {
     package: Package,
-    /// Taken away at the end.
-    _scratch: Option<Scratch>,
+    _scratch: Scratch,
 }
 
 struct Scratch(PathBuf);
@@ -162,25 +162,27 @@ fn open_package(path: &Path) -> anyhow::Result<Opened> {
     File::open(path)?
         .read_exact(&mut start)
         .context("it is neither a Debian package nor a program")?;
-    if start.starts_with(b"\x7fELF") {
-        return Ok(Opened {
-            package: Package::Program(fs::canonicalize(path)?),
-            _scratch: None,
-        });
-    }
-    ensure!(
-        start == *b"!<arch>\n",
-        "it is neither a Debian package nor a program"
-    );
-    require("dpkg-deb", "dpkg")?;
-    let parent = target_directory()?.join("wsl-vm");
-    let directory = parent.join(format!("package-{}", std::process::id()));
+    let directory = directory()?.join(format!("package-{}", std::process::id()));
     fs::create_dir_all(&directory)?;
     let scratch = Scratch(directory.clone());
-    succeed(Command::new("dpkg-deb").arg("-x").args([path, &directory]))?;
+    let package = if start.starts_with(b"\x7fELF") {
+        let name = path.file_name().context("a program has a name")?;
+        let program = directory.join(name);
+        fs::copy(path, &program)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        Package::Program(program)
+    } else {
+        ensure!(
+            start == *b"!<arch>\n",
+            "it is neither a Debian package nor a program"
+        );
+        require("dpkg-deb", "dpkg")?;
+        succeed(Command::new("dpkg-deb").arg("-x").args([path, &directory]))?;
+        Package::Files(directory)
+    };
     Ok(Opened {
-        package: Package::Files(directory),
-        _scratch: Some(scratch),
+        package,
+        _scratch: scratch,
     })
 }
 

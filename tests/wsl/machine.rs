@@ -28,6 +28,10 @@ pub struct Machine {
 /// With this, the VM begins a line that is a request.
 pub const REQUEST: &str = "@machine ";
 
+/// Says what `directory` is, and this VM's cgroup.
+const DIRECTORY: &str = "WSL_VM_DIRECTORY";
+const CGROUP: &str = "WSL_VM_CGROUP";
+
 /// Where the VM finds what the machine has made for it.
 pub struct Paths {
     /// The directory of all that is made, kept between runs.
@@ -37,15 +41,12 @@ pub struct Paths {
 }
 
 impl Paths {
-    const DIRECTORY: &'static str = "WSL_VM_DIRECTORY";
-    const CGROUP: &'static str = "WSL_VM_CGROUP";
-
     /// Inside the VM, the paths that it was started with.
     pub fn of_this_vm() -> anyhow::Result<Paths> {
         let path = |name| std::env::var_os(name).map(PathBuf::from).context(name);
         Ok(Paths {
-            directory: path(Paths::DIRECTORY)?,
-            cgroup: path(Paths::CGROUP)?,
+            directory: path(DIRECTORY)?,
+            cgroup: path(CGROUP)?,
         })
     }
 
@@ -97,8 +98,7 @@ impl Machine {
 
     /// Makes what VMs with distros of these Debian suites need, or finds it made.
     pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
-        let target = target_directory()?;
-        let directory = target.join("wsl-vm");
+        let directory = directory()?;
         let paths = Paths {
             directory: directory.clone(),
             cgroup: PathBuf::new(),
@@ -113,7 +113,7 @@ impl Machine {
                 .iter()
                 .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO, None)))
                 .collect();
-            build_generator(&target, &paths.generator())?;
+            build_generator(&directory, &paths.generator())?;
             build_init(&paths.init())?;
             for tree in making {
                 tree.join().expect("making a tree does not panic")?;
@@ -126,7 +126,7 @@ impl Machine {
 
     /// Makes no more than what VMs with distros from images need.
     pub(super) fn prepare_for_images() -> anyhow::Result<Machine> {
-        let directory = target_directory()?.join("wsl-vm");
+        let directory = directory()?;
         fs::create_dir_all(directory.join("root"))?;
         build_init(&directory.join("init"))?;
         cgroup::remove_those_of_the_dead()?;
@@ -160,8 +160,8 @@ impl Machine {
         let mut child = Command::new("/proc/self/exe")
             .arg(VM_STAGE)
             .args(arguments)
-            .env(Paths::DIRECTORY, &self.directory)
-            .env(Paths::CGROUP, &cgroup.path)
+            .env(DIRECTORY, &self.directory)
+            .env(CGROUP, &cgroup.path)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -243,17 +243,22 @@ fn as_machine(vm: u32, command: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// target/, which a test or an example lies two levels below, and a program one.
-pub fn target_directory() -> anyhow::Result<PathBuf> {
+/// The directory of all that is made, kept between runs: `wsl-vm` in the target directory of this
+/// program, or what `WSL_VM_DIRECTORY` says. Inside the VM it is the same.
+pub fn directory() -> anyhow::Result<PathBuf> {
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return Ok(std::path::absolute(directory)?);
+    }
+    // A test or an example lies two levels below target/, and a program one.
     let program = std::env::current_exe()?;
     let mut directories = program.ancestors().skip(1);
     let profile = directories.find(|path| !path.ends_with("deps") && !path.ends_with("examples"));
     let target = profile.and_then(Path::parent);
-    Ok(target.context("no target directory")?.to_owned())
+    Ok(target.context("no target directory")?.join("wsl-vm"))
 }
 
 /// Builds the program under test.
-fn build_generator(target: &Path, program: &Path) -> anyhow::Result<()> {
+fn build_generator(directory: &Path, program: &Path) -> anyhow::Result<()> {
     let version = Command::new("rustc").arg("-vV").output()?.stdout;
     let host = String::from_utf8(version)?
         .lines()
@@ -267,11 +272,11 @@ fn build_generator(target: &Path, program: &Path) -> anyhow::Result<()> {
             .arg("--manifest-path")
             .arg(project().join("Cargo.toml"))
             .arg("--target-dir")
-            .arg(target.join("wsl-vm/build"))
+            .arg(directory.join("build"))
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
-    let built = target
-        .join("wsl-vm/build")
+    let built = directory
+        .join("build")
         .join(host)
         .join("release/wsl-binfmt-generator");
     replace(&built, program)

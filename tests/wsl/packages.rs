@@ -12,8 +12,8 @@ use std::process::Command;
 
 use anyhow::{ensure, Context};
 
-use super::machine::{succeed, target_directory};
-use super::vm::Vm;
+use super::distro::Builder;
+use super::machine::{directory, succeed};
 
 /// Packages to install, and of what comes with them, those to upgrade: their scripts and triggers
 /// have to do with binary formats. Debian 13 has split qemu-user-static.
@@ -33,23 +33,17 @@ const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("arm64", "aarch64")
 };
 
-impl Vm {
-    /// Puts the packages into a distro that is yet to be booted.
-    pub fn bring_packages(&self, distro: &str, suite: &str) -> anyhow::Result<()> {
-        let inside = Path::new("/vm").join(distro).join("upper/var");
-        fs::create_dir_all(&inside)?;
-        succeed(
-            Command::new("cp")
-                .arg("-r")
-                .arg(self.paths.directory.join("packages").join(suite))
-                .arg(inside.join("packages")),
-        )
+impl Builder<'_> {
+    /// With the packages that were downloaded for the tree of that suite.
+    pub fn bring_packages(self, suite: &str) -> anyhow::Result<Self> {
+        let packages = directory()?.join("packages").join(suite);
+        Ok(self.copy(packages, "/var/packages"))
     }
 }
 
 /// Downloads the packages for the trees of these suites, unless they are there.
 pub fn download_packages(suites: &[&str]) -> anyhow::Result<()> {
-    let directory = target_directory()?.join("wsl-vm");
+    let directory = directory()?;
     suites
         .iter()
         .try_for_each(|suite| download(&directory, suite))

@@ -74,7 +74,7 @@ impl Vm {
         nix::unistd::chroot(root)?;
         std::env::set_current_dir("/")?;
         mount("binfmt_misc", TABLE, "binfmt_misc", "")?;
-        // What the program under test writes there is not the machine's, nor another VM's.
+        // What programs write there is not the machine's, nor another VM's.
         mount("tmpfs", "/run", "tmpfs", "mode=755")?;
 
         fs::create_dir("/vm")?;
@@ -92,9 +92,14 @@ impl Vm {
         Ok(vm)
     }
 
-    /// A distro of that name, to be booted.
+    /// A distro of that name, to be booted from the tree of a Debian suite.
     pub fn distro(&self, name: &str, suite: &str) -> Builder<'_> {
         Builder::new(self, name, suite)
+    }
+
+    /// A distro of that name, to be booted from an image's root directory.
+    pub fn image(&self, name: &str, tree: &Path) -> Builder<'_> {
+        Builder::of_image(self, name, tree)
     }
 
     /// The program under test.
