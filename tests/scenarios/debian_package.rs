@@ -8,6 +8,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
+use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
 use crate::stand_in::{alone, within, RUNNING, SOON};
 use crate::status::look;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use wsl_vm::{Distro, Launches};
 
+use crate::ours::Install;
 use crate::promises::{Expect, Scenario, Setting};
 
 /// The suites that the packages come from.

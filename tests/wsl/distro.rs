@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use super::generation::Generation;
 use super::image::{outside, resolve};
 use super::vm::{Vm, TABLE};
-use super::{mount, project, DISTRO_STAGE};
+use super::{mount, DISTRO_STAGE};
 
 /// Longer than this no boot, command or poweroff takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -72,7 +72,7 @@ impl<'vm> Builder<'vm> {
             environment: Generation::None.environment(),
             init: true,
             read_only: false,
-            masked: vec!["binfmt-support.service".to_owned()],
+            masked: vm.given.masked.clone(),
             copies: Vec::new(),
             links: Vec::new(),
             files: Vec::new(),
@@ -96,32 +96,15 @@ impl<'vm> Builder<'vm> {
         self
     }
 
-    /// With this project's generator and man page installed, or without.
-    pub fn generator(self, installed: bool) -> Self {
-        if !installed {
-            return self;
-        }
-        // Debian 11 has a /lib of its own, and there its systemd looks.
-        let generator = "/lib/systemd/system-generators/wsl-binfmt-generator";
-        let page = "wsl-binfmt-generator.8";
-        let program = self.vm.paths.generator();
-        self.copy(program, generator)
-            .link("/usr/bin/wsl-binfmt", generator)
-            .copy(
-                project().join("man").join(page),
-                &format!("/usr/share/man/man8/{page}"),
-            )
-    }
-
-    /// With binfmt-support in use. It is in the tree, but masked otherwise.
-    pub fn binfmt_support(mut self) -> Self {
-        self.masked.retain(|unit| unit != "binfmt-support.service");
-        self
-    }
-
     /// With a unit masked.
     pub fn masked(mut self, unit: &str) -> Self {
         self.masked.push(unit.to_owned());
+        self
+    }
+
+    /// With a unit in use that is masked otherwise.
+    pub fn unmasked(mut self, unit: &str) -> Self {
+        self.masked.retain(|masked| masked != unit);
         self
     }
 
@@ -178,7 +161,7 @@ impl<'vm> Builder<'vm> {
         let directory = PathBuf::from("/vm").join(&self.name);
         self.lay_out(&directory)
             .with_context(|| format!("laying out the distro {}", self.name))?;
-        let cgroup = self.vm.paths.cgroup.join(&self.name);
+        let cgroup = self.vm.given.cgroup.join(&self.name);
         fs::create_dir(&cgroup)?;
 
         let mut child = Command::new("/proc/self/exe")
@@ -219,11 +202,11 @@ impl<'vm> Builder<'vm> {
         fs::write(directory.join("generation"), self.generation.name())?;
         let tree = match &self.image {
             Some(image) => bind_image(image, directory)?,
-            None => self.vm.paths.tree(&self.suite),
+            None => self.vm.given.tree(&self.suite),
         };
         symlink(&tree, directory.join("tree"))?;
         symlink(
-            self.vm.paths.cgroup.join(&self.name),
+            self.vm.given.cgroup.join(&self.name),
             directory.join("cgroup"),
         )?;
         if self.read_only {

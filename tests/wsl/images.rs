@@ -18,7 +18,7 @@ use super::debian::require;
 use super::examine::{play, Case, Package, Seen, OCCASIONS};
 use super::generation::Generation;
 use super::image::{Image, LIMIT};
-use super::machine::{directory, succeed, Machine};
+use super::machine::{directory, succeed, Machine, Needs};
 use super::run_stage;
 
 /// Boots images of distros as WSL would, in a simulated WSL VM, and says whether Windows programs
@@ -109,7 +109,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
         Some(path) => Some(open_package(path).with_context(|| path.display().to_string())?),
         None => None,
     };
-    let machine = Machine::prepare_for_images()?;
+    let machine = Machine::prepare(&Needs::default())?;
     let mut verdict = Verdict::Holds;
     let mut objects = Vec::new();
     for path in &arguments.image {

@@ -8,10 +8,6 @@
 //! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
 //! - `stages.rs`: what a distro's first processes do before systemd runs
 //! - `generation.rs`: what WSL itself does for interop, by its version
-//! - `life.rs`: a distro's life under one of these, played and put into words
-//! - `neighbours.rs`: a distro's life beside one that has rules of the same names
-//! - `packages.rs`: real packages to install in a distro, as files
-//! - `debian_package.rs`: this project's Debian package, to be installed in a distro
 //! - `image.rs`: images that somebody made, unpacked and looked at
 //! - `examine.rs`: what becomes of Windows programs in a distro from one
 //! - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
@@ -25,32 +21,24 @@
 
 mod cgroup;
 mod chroot;
-mod debian;
-mod debian_package;
+pub mod debian;
 mod distro;
 mod examine;
 mod generation;
 mod image;
 pub mod images;
-pub mod life;
 mod machine;
-pub mod neighbours;
-mod packages;
 mod stages;
 mod vm;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 
 pub use chroot::enter_tree;
-pub use debian::require;
-pub use debian_package::DebianPackage;
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
-pub use machine::Machine;
-pub use packages::download_packages;
+pub use machine::{directory, Machine, Needs};
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.
@@ -96,11 +84,6 @@ pub fn run_show(
         Err(error) => eprintln!("{error:#}"),
     }
     ExitCode::FAILURE
-}
-
-/// The project that is tested.
-pub fn project() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// mount(8) in short: `options` are the file system's own.

@@ -9,45 +9,59 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
+use serde::{Deserialize, Serialize};
 
 use super::cgroup::{self, Cgroup};
-use super::{debian, project, VM_STAGE};
+use super::{debian, VM_STAGE};
 
-/// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
-/// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
-const DISTRO: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
+/// What every distro has.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus";
 
-/// Longer than this no scenario takes.
+/// Longer than this no VM runs.
 const VM_TIMEOUT: Duration = Duration::from_secs(900);
+
+/// What the VMs of a program are to have.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Needs<'a> {
+    /// Debian suites to boot distros from, such as `trixie`.
+    pub suites: &'a [&'a str],
+    /// Debian packages that their trees have, besides systemd and D-Bus.
+    pub packages: &'a [&'a str],
+    /// Units that are masked in distros, unless those are built with `Builder::unmasked`.
+    pub masked: &'a [&'a str],
+    /// Programs to be run outside of distros: `Vm::command`.
+    pub programs: &'a [&'a Path],
+}
 
 /// The machine that VMs are started on, with everything that they need in place.
 pub struct Machine {
     directory: PathBuf,
+    masked: Vec<String>,
+    programs: Vec<PathBuf>,
 }
 
 /// With this, the VM begins a line that is a request.
 pub const REQUEST: &str = "@machine ";
 
-/// Says what `directory` is, and this VM's cgroup.
+/// Says what `directory` is.
 const DIRECTORY: &str = "WSL_VM_DIRECTORY";
-const CGROUP: &str = "WSL_VM_CGROUP";
+/// Has the rest of what a VM is given.
+const GIVEN: &str = "WSL_VM_GIVEN";
 
-/// Where the VM finds what the machine has made for it.
-pub struct Paths {
+/// What the machine gives to a VM.
+#[derive(Deserialize, Serialize)]
+pub struct Given {
     /// The directory of all that is made, kept between runs.
     pub directory: PathBuf,
     /// This VM's cgroup.
     pub cgroup: PathBuf,
+    pub masked: Vec<String>,
+    pub programs: Vec<PathBuf>,
 }
 
-impl Paths {
-    /// Inside the VM, the paths that it was started with.
-    pub fn of_this_vm() -> anyhow::Result<Paths> {
-        let path = |name| std::env::var_os(name).map(PathBuf::from).context(name);
-        Ok(Paths {
-            directory: path(DIRECTORY)?,
-            cgroup: path(CGROUP)?,
-        })
+impl Given {
+    pub fn to_this_vm() -> anyhow::Result<Given> {
+        Ok(serde_json::from_str(&std::env::var(GIVEN).context(GIVEN)?)?)
     }
 
     pub fn tree(&self, suite: &str) -> PathBuf {
@@ -56,11 +70,6 @@ impl Paths {
 
     pub fn init(&self) -> PathBuf {
         self.directory.join("init")
-    }
-
-    /// The program under test: the release build, static, so that it runs in every distro.
-    pub fn generator(&self) -> PathBuf {
-        self.directory.join("wsl-binfmt-generator")
     }
 }
 
@@ -96,46 +105,34 @@ impl Machine {
         Ok(false)
     }
 
-    /// Makes what VMs with distros of these Debian suites need, or finds it made.
-    pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
+    /// Makes what VMs need, or finds it made.
+    pub fn prepare(needs: &Needs) -> anyhow::Result<Machine> {
         let directory = directory()?;
-        let paths = Paths {
-            directory: directory.clone(),
-            cgroup: PathBuf::new(),
-        };
         fs::create_dir_all(directory.join("root"))?;
         let trees = directory.join("trees");
+        let packages = [&[PACKAGES][..], needs.packages].concat().join(",");
+        if !needs.suites.is_empty() {
+            debian::require("mmdebstrap", "mmdebstrap")?;
+        }
         thread::scope(|scope| {
-            for program in ["mmdebstrap", "strace"] {
-                debian::require(program, program)?;
-            }
-            let making: Vec<_> = suites
+            let making: Vec<_> = needs
+                .suites
                 .iter()
-                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO, None)))
+                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, &packages, None)))
                 .collect();
-            build_generator(&directory, &paths.generator())?;
-            build_init(&paths.init())?;
+            build_init(&directory.join("init"))?;
             for tree in making {
                 tree.join().expect("making a tree does not panic")?;
             }
             anyhow::Ok(())
         })?;
         cgroup::remove_those_of_the_dead()?;
-        Ok(Machine { directory })
-    }
-
-    /// Makes no more than what VMs with distros from images need.
-    pub(super) fn prepare_for_images() -> anyhow::Result<Machine> {
-        let directory = directory()?;
-        fs::create_dir_all(directory.join("root"))?;
-        build_init(&directory.join("init"))?;
-        cgroup::remove_those_of_the_dead()?;
-        Ok(Machine { directory })
-    }
-
-    /// The program under test, as distros have it.
-    pub fn generator(&self) -> PathBuf {
-        self.directory.join("wsl-binfmt-generator")
+        let owned = |unit: &&str| (*unit).to_owned();
+        Ok(Machine {
+            directory,
+            masked: needs.masked.iter().map(owned).collect(),
+            programs: needs.programs.iter().map(|p| p.to_path_buf()).collect(),
+        })
     }
 
     /// The machine's own binfmt_misc table, as text.
@@ -157,11 +154,17 @@ impl Machine {
     /// what it printed; an error holds its complaints, too.
     pub fn in_vm(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let cgroup = Cgroup::new()?;
+        let given = serde_json::to_string(&Given {
+            directory: self.directory.clone(),
+            cgroup: cgroup.path.clone(),
+            masked: self.masked.clone(),
+            programs: self.programs.clone(),
+        })?;
         let mut child = Command::new("/proc/self/exe")
             .arg(VM_STAGE)
             .args(arguments)
             .env(DIRECTORY, &self.directory)
-            .env(CGROUP, &cgroup.path)
+            .env(GIVEN, given)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -257,49 +260,17 @@ pub fn directory() -> anyhow::Result<PathBuf> {
     Ok(target.context("no target directory")?.join("wsl-vm"))
 }
 
-/// Builds the program under test.
-fn build_generator(directory: &Path, program: &Path) -> anyhow::Result<()> {
-    let version = Command::new("rustc").arg("-vV").output()?.stdout;
-    let host = String::from_utf8(version)?
-        .lines()
-        .find_map(|line| line.strip_prefix("host: ").map(str::to_owned))
-        .context("rustc does not say for what it builds")?;
-    succeed(
-        Command::new(env!("CARGO"))
-            .args(["build", "--release", "--locked", "--quiet"])
-            // Named, so that what runs while building is not built static.
-            .args(["--target", &host])
-            .arg("--manifest-path")
-            .arg(project().join("Cargo.toml"))
-            .arg("--target-dir")
-            .arg(directory.join("build"))
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
-    )?;
-    let built = directory
-        .join("build")
-        .join(host)
-        .join("release/wsl-binfmt-generator");
-    replace(&built, program)
-}
-
 /// Compiles the stand-in for WSL's /init, static, as that is.
 fn build_init(program: &Path) -> anyhow::Result<()> {
     let unfinished = program.with_extension("unfinished");
     succeed(
         Command::new("rustc")
             .args(["--edition=2021", "-O", "-C", "target-feature=+crt-static"])
-            .arg(project().join("tests/wsl/init.rs"))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/init.rs"))
             .arg("-o")
             .arg(&unfinished),
     )?;
     Ok(fs::rename(unfinished, program)?)
-}
-
-/// Copies over a program that may be running.
-fn replace(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let unfinished = to.with_extension("unfinished");
-    fs::copy(from, &unfinished)?;
-    Ok(fs::rename(unfinished, to)?)
 }
 
 /// Runs a command that must succeed; its output is in the error if it does not.

@@ -15,13 +15,11 @@ use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use super::distro::Builder;
-use super::machine::{Paths, REQUEST};
+use super::machine::{Given, REQUEST};
 use super::mount;
 
 /// The table's mount point.
 pub const TABLE: &str = "/proc/sys/fs/binfmt_misc";
-/// The program under test, by a path that shells need not quote.
-const PROGRAM: &str = "/vm/wsl-binfmt-generator";
 /// What WSL's mini_init registers once for the VM.
 pub const WSL_INTEROP: &str = ":WSLInterop:M::MZ::/init:FP";
 /// A Windows program.
@@ -31,7 +29,7 @@ const NO_EXTENSION: &str = "/vm/hello";
 
 /// The VM that this process runs in.
 pub struct Vm {
-    pub(super) paths: Paths,
+    pub(super) given: Given,
 }
 
 /// Becomes the VM's process and plays in it.
@@ -49,9 +47,9 @@ impl Vm {
     /// A root of its own, since /init cannot be put into the machine's; in it, all that the
     /// machine has.
     fn start() -> anyhow::Result<Vm> {
-        let paths = Paths::of_this_vm()?;
+        let given = Given::to_this_vm()?;
         mount("none", "/", "rprivate", "")?;
-        let root = paths.directory.join("root");
+        let root = given.directory.join("root");
         let root = root.to_str().context("a path that is not UTF-8")?;
         mount("tmpfs", root, "tmpfs", "mode=755")?;
         for entry in fs::read_dir("/")? {
@@ -78,8 +76,12 @@ impl Vm {
         mount("tmpfs", "/run", "tmpfs", "mode=755")?;
 
         fs::create_dir("/vm")?;
-        fs::copy(paths.init(), "/vm/init")?;
-        fs::copy(paths.generator(), PROGRAM)?;
+        fs::copy(given.init(), "/vm/init")?;
+        for program in &given.programs {
+            let name = program.file_name().context("a program has a name")?;
+            fs::copy(program, Path::new("/vm").join(name))
+                .with_context(|| format!("copying {}", program.display()))?;
+        }
         fs::write("/init", "")?;
         mount("/vm/init", "/init", "bind", "")?;
         for program in [EXE, NO_EXTENSION] {
@@ -87,7 +89,7 @@ impl Vm {
             fs::set_permissions(program, fs::Permissions::from_mode(0o755))?;
         }
 
-        let vm = Vm { paths };
+        let vm = Vm { given };
         vm.register(WSL_INTEROP)?;
         Ok(vm)
     }
@@ -102,20 +104,11 @@ impl Vm {
         Builder::of_image(self, name, tree)
     }
 
-    /// The program under test.
-    pub fn generator(&self) -> Command {
-        let mut command = Command::new(PROGRAM);
+    /// One of the programs that the VM needs, in an empty environment. It is in `/vm`, which no shell
+    /// needs quoted.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(Path::new("/vm").join(program));
         command.env_clear();
-        command
-    }
-
-    /// The same, with a fault that strace(1) puts into its system calls.
-    pub fn generator_under_strace(&self, fault: &str) -> Command {
-        let mut command = Command::new("strace");
-        command
-            .args(["--output=/dev/null", "-e", fault])
-            .arg(PROGRAM)
-            .env_clear();
         command
     }
 

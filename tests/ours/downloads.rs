@@ -12,8 +12,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Context};
 
-use super::distro::Builder;
-use super::machine::{directory, succeed};
+use super::succeed;
 
 /// Packages to install, and of what comes with them, those to upgrade: their scripts and triggers
 /// have to do with binary formats. Debian 13 has split qemu-user-static.
@@ -33,25 +32,19 @@ const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("arm64", "aarch64")
 };
 
-impl Builder<'_> {
-    /// With the packages that were downloaded for the tree of that suite.
-    pub fn bring_packages(self, suite: &str) -> anyhow::Result<Self> {
-        let packages = directory()?.join("packages").join(suite);
-        Ok(self.copy(packages, "/var/packages"))
-    }
+/// Where they are for the tree of that suite.
+pub fn directory(suite: &str) -> anyhow::Result<PathBuf> {
+    Ok(wsl_vm::directory()?.join("packages").join(suite))
 }
 
 /// Downloads the packages for the trees of these suites, unless they are there.
 pub fn download_packages(suites: &[&str]) -> anyhow::Result<()> {
-    let directory = directory()?;
-    suites
-        .iter()
-        .try_for_each(|suite| download(&directory, suite))
+    suites.iter().try_for_each(|suite| download(suite))
 }
 
-fn download(directory: &Path, suite: &str) -> anyhow::Result<()> {
-    let tree = directory.join("trees").join(suite);
-    let packages = directory.join("packages").join(suite);
+fn download(suite: &str) -> anyhow::Result<()> {
+    let tree = wsl_vm::directory()?.join("trees").join(suite);
+    let packages = directory(suite)?;
     let recipe = packages.join("recipe");
     let status = tree.join("var/lib/dpkg/status");
     // Another tree may have other versions of what they depend on.
@@ -126,11 +119,11 @@ impl Apt {
              APT::Install-Recommends \"false\";\n\
              APT::Sandbox::User \"root\";\n\
              Acquire::Languages \"none\";\n",
-            output(Command::new("dpkg").arg("--print-architecture"))?.trim(),
+            succeed(Command::new("dpkg").arg("--print-architecture"))?.trim(),
             FOREIGN.0
         );
         // The machine's way to the network, if it has one of its own.
-        let machine = output(Command::new("apt-config").arg("dump"))?;
+        let machine = succeed(Command::new("apt-config").arg("dump"))?;
         for line in machine.lines().filter(|l| l.starts_with("Acquire::http")) {
             text.extend([line, "\n"]);
         }
@@ -146,7 +139,8 @@ impl Apt {
                 .env("APT_CONFIG", &self.config)
                 .args(["-q", "-y"])
                 .args(arguments),
-        )
+        )?;
+        Ok(())
     }
 
     /// Downloads a package and all that it needs; itself also where the tree has it.
@@ -194,10 +188,4 @@ fn debs(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
         .collect();
     let is_deb = |path: &PathBuf| path.extension() == Some(OsStr::new("deb"));
     Ok(paths?.into_iter().filter(is_deb).collect())
-}
-
-fn output(command: &mut Command) -> anyhow::Result<String> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}", output.status);
-    Ok(String::from_utf8(output.stdout)?)
 }

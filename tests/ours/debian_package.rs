@@ -9,12 +9,9 @@ use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{ensure, Context};
+use wsl_vm::debian::{require, tree};
 
-use super::debian::{require, tree};
-use super::distro::Builder;
-use super::machine::{directory, succeed};
-use super::project;
-use super::vm::Vm;
+use super::{project, succeed};
 
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
@@ -34,17 +31,26 @@ pub struct DebianPackage {
     pub directory: PathBuf,
 }
 
+fn trees() -> anyhow::Result<PathBuf> {
+    Ok(wsl_vm::directory()?.join("debian"))
+}
+
+/// Where the built ones are.
+pub fn directory() -> anyhow::Result<PathBuf> {
+    Ok(trees()?.join("packages"))
+}
+
 impl DebianPackage {
     /// Builds it, or finds it built.
     pub fn built() -> anyhow::Result<DebianPackage> {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
-        let trees = directory()?.join("debian");
+        let trees = trees()?;
         let (foreign, _) = FOREIGN;
         let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
         let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
-        let directory = trees.join("packages");
+        let directory = directory()?;
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
         let sources = sources()?;
@@ -99,7 +105,8 @@ impl DebianPackage {
                 .arg("-a")
                 .args(["package", "files", "upgrade"].map(|part| build.join(part)))
                 .arg(&self.directory),
-        )
+        )?;
+        Ok(())
     }
 
     /// Compiles for the other architecture, but does not link, which would need a C compiler for it.
@@ -128,24 +135,6 @@ impl DebianPackage {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(output.status.success(), "{script}\nfailed:\n{text}");
         Ok(text)
-    }
-}
-
-impl Builder<'_> {
-    /// With the package as `/var/package`, and a later one as `/var/upgrade`.
-    pub fn bring_debian_package(self) -> anyhow::Result<Self> {
-        let packages = directory()?.join("debian/packages");
-        Ok(self
-            .copy(packages.join("package"), "/var/package")
-            .copy(packages.join("upgrade"), "/var/upgrade"))
-    }
-}
-
-impl Vm {
-    /// A distro with the files of the package.
-    pub fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>> {
-        let files = directory()?.join("debian/packages/files");
-        Ok(self.distro(distro, "trixie").copy(files, "/"))
     }
 }
 
