@@ -12,10 +12,6 @@ use super::generation::Generation;
 use super::image::resolve;
 use super::vm::Vm;
 
-/// The name of the generator, and of the link to it that users call.
-const GENERATOR: &str = "wsl-binfmt-generator";
-const COMMAND: &str = "/usr/bin/wsl-binfmt";
-
 /// What is to be played.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Case {
@@ -25,17 +21,17 @@ pub struct Case {
     /// WSL's generation, by its name, and its version.
     pub generation: String,
     pub version: String,
-    /// The package to put in.
+    /// What to put in.
     pub package: Option<Package>,
 }
 
-/// This project, to be put into an image.
+/// What is to be put into an image.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub enum Package {
     /// The directory where a Debian package's files are.
     Files(PathBuf),
-    /// The generator alone.
-    Program(PathBuf),
+    /// A generator of systemd's.
+    Generator(PathBuf),
 }
 
 /// What was seen.
@@ -310,10 +306,11 @@ fn with_package<'vm>(
     let generators = case.systemd.join("system-generators");
     Ok(match &case.package {
         None => distro,
-        Some(Package::Program(program)) => {
-            let generator = generators.join(GENERATOR);
+        Some(Package::Generator(program)) => {
+            let name = program.file_name().context("a program has a name")?;
+            let generator = generators.join(name);
             let generator = generator.to_str().context("a path that is not UTF-8")?;
-            distro.copy(program, generator).link(COMMAND, generator)
+            distro.copy(program, generator)
         }
         Some(Package::Files(files)) => {
             for directory in directories_below(files)? {

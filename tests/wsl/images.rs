@@ -38,7 +38,7 @@ struct Arguments {
     /// Only under the WSL of this version, such as 2.6.3; may be given again
     #[arg(long, value_name = "VERSION")]
     wsl: Vec<String>,
-    /// Also with this package of wsl-binfmt-generator put in, or the generator alone
+    /// Also with this Debian package's files put in, or this program as a systemd generator
     #[arg(long, value_name = "DEB|BINARY")]
     with: Option<PathBuf>,
     /// Print an array of objects instead of tables
@@ -170,7 +170,7 @@ fn open_package(path: &Path) -> anyhow::Result<Opened> {
         let program = directory.join(name);
         fs::copy(path, &program)?;
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-        Package::Program(program)
+        Package::Generator(program)
     } else {
         ensure!(
             start == *b"!<arch>\n",
