@@ -8,7 +8,7 @@
 //! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
 //! - `stages.rs`: what a distro's first processes do before systemd runs
 //! - `generation.rs`: what WSL itself does for interop, by its version
-//! - `image.rs`: images that somebody made, unpacked and looked at
+//! - `image.rs`, `unpack.rs`: images that somebody made, looked at and unpacked
 //! - `examine.rs`: what becomes of Windows programs in a distro from one
 //! - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
 //! - `chroot.rs`: a Debian tree to measure programs in
@@ -29,6 +29,7 @@ mod image;
 pub mod images;
 mod machine;
 mod stages;
+mod unpack;
 mod vm;
 
 use std::process::ExitCode;
