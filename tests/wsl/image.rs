@@ -1,16 +1,127 @@
 //! An image of a distro that somebody made, as WSL would install it: an archive or a directory.
 
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{bail, ensure, Context};
+use anyhow::Context;
 
 use super::generation::setting;
 use super::unpack::unpacked;
 
 /// More than this no image is taken to have.
 pub const LIMIT: u64 = 16 << 30;
+
+/// Why an image cannot be tried.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is none.
+    Missing,
+    /// It is neither a file nor a directory.
+    NeitherFileNorDirectory,
+    /// It is a directory that the VM does not see, as it has a `/run` of its own.
+    InRun,
+    /// It is a file that is no tar archive.
+    NoTar,
+    /// The archive is damaged: what bsdtar says.
+    Damaged(String),
+    /// Something in the archive leads outside of where it is unpacked: what bsdtar says.
+    LeadsOutside(String),
+    /// The archive does not unpack for another reason: what bsdtar says.
+    DoesNotUnpack(String),
+    /// More than so many bytes come out of the archive.
+    TooLarge(u64),
+    /// There is no room to unpack it below this directory.
+    NoRoom(PathBuf),
+    /// A link at this path of it leads to itself.
+    Loop(PathBuf),
+    /// It has no `/sbin/init`.
+    NoInit,
+    /// It has no systemd, and this is its `/sbin/init`.
+    NoSystemd(PathBuf),
+    /// Its systemd, at this path, is no program.
+    NoProgram(PathBuf, io::Error),
+    /// Its systemd is not for this machine.
+    OtherArchitecture {
+        /// What it is for.
+        image: String,
+        /// What this machine is.
+        machine: String,
+    },
+    /// Something failed for which the image may not be to blame.
+    Other(anyhow::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Missing => write!(f, "there is no such file"),
+            Error::NeitherFileNorDirectory => write!(f, "it is neither a file nor a directory"),
+            Error::InRun => write!(
+                f,
+                "the VM does not see the machine's /run, where this directory is"
+            ),
+            Error::NoTar => write!(
+                f,
+                "it is neither a directory nor a tar archive, plain or compressed"
+            ),
+            Error::Damaged(said) => write!(f, "the archive is damaged: {said}"),
+            Error::LeadsOutside(said) | Error::DoesNotUnpack(said) => {
+                write!(f, "it does not unpack: {said}")
+            }
+            Error::TooLarge(limit) => write!(
+                f,
+                "unpacked it has more than {}, which no image of a distro has",
+                size(*limit)
+            ),
+            Error::NoRoom(directory) => write!(
+                f,
+                "there is no room to unpack it below {}",
+                directory.display()
+            ),
+            Error::Loop(path) => write!(f, "{} leads to itself", path.display()),
+            Error::NoInit => write!(
+                f,
+                "there is no /sbin/init in it, by which WSL starts systemd"
+            ),
+            Error::NoSystemd(init) => write!(
+                f,
+                "there is no systemd in it; its /sbin/init is {}",
+                init.display()
+            ),
+            Error::NoProgram(path, error) => {
+                write!(f, "{} is no program: {error}", path.display())
+            }
+            Error::OtherArchitecture { image, machine } => {
+                write!(f, "it is for {image}, and this machine is {machine}")
+            }
+            Error::Other(error) => write!(f, "{error:#}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Error {
+        Error::Other(error)
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Error {
+        Error::Other(error.into())
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes >> 30 {
+        0 => format!("{} MiB", bytes >> 20),
+        gib => format!("{gib} GiB"),
+    }
+}
 
 /// A distro's files, and what can be said of them.
 pub struct Image {
@@ -29,37 +140,37 @@ impl Image {
     /// start systemd in it.
     ///
     /// # Errors
-    /// One that says in a line why it cannot be tried.
-    pub fn open(path: &Path, limit: u64) -> anyhow::Result<Image> {
+    /// It cannot be tried.
+    pub fn open(path: &Path, limit: u64) -> Result<Image, Error> {
         let metadata = fs::metadata(path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => anyhow::anyhow!("there is no such file"),
+            ErrorKind::NotFound => Error::Missing,
             _ => error.into(),
         })?;
         let tree = if metadata.is_dir() {
             let tree = fs::canonicalize(path)?;
-            // The VM has a /run of its own.
-            ensure!(
-                !tree.starts_with("/run"),
-                "the VM does not see the machine's /run, where this directory is"
-            );
+            if tree.starts_with("/run") {
+                return Err(Error::InRun);
+            }
             tree
         } else if metadata.is_file() {
             unpacked(path, limit)?
         } else {
-            bail!("it is neither a file nor a directory");
+            return Err(Error::NeitherFileNorDirectory);
         };
         Image::of_tree(tree)
     }
 
-    fn of_tree(tree: PathBuf) -> anyhow::Result<Image> {
+    fn of_tree(tree: PathBuf) -> Result<Image, Error> {
         let systemd = find_systemd(&tree)?;
         let machine = Program::read(Path::new("/proc/self/exe"))?;
         let program = Program::read(&outside(&tree, &systemd))
-            .with_context(|| format!("{} is no program", systemd.display()))?;
-        ensure!(
-            program == machine,
-            "it is for {program}, and this machine is {machine}"
-        );
+            .map_err(|error| Error::NoProgram(systemd.clone(), error))?;
+        if program != machine {
+            return Err(Error::OtherArchitecture {
+                image: program.to_string(),
+                machine: machine.to_string(),
+            });
+        }
         let mut notes = Vec::new();
         let conf = read(&tree, "/etc/wsl.conf").unwrap_or_default();
         if !setting(&conf, "boot", "systemd").is_some_and(|v| v.eq_ignore_ascii_case("true")) {
@@ -99,13 +210,12 @@ fn read(tree: &Path, path: &str) -> Option<String> {
 }
 
 /// The file of the image's systemd, by its path in the image.
-fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
+fn find_systemd(tree: &Path) -> Result<PathBuf, Error> {
     let is_file = |path: &Path| outside(tree, path).is_file();
     let init = resolve(tree, Path::new("/sbin/init"))?;
-    ensure!(
-        is_file(&init),
-        "there is no /sbin/init in it, by which WSL starts systemd"
-    );
+    if !is_file(&init) {
+        return Err(Error::NoInit);
+    }
     if init.file_name().is_some_and(|name| name == "systemd") {
         return Ok(init);
     }
@@ -122,10 +232,7 @@ fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
             return Ok(systemd);
         }
     }
-    bail!(
-        "there is no systemd in it; its /sbin/init is {}",
-        init.display()
-    )
+    Err(Error::NoSystemd(init))
 }
 
 /// Where a path leads in a tree when all links are followed as they would be with the tree as the
@@ -133,7 +240,7 @@ fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// A link leads to itself.
-pub fn resolve(tree: &Path, path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn resolve(tree: &Path, path: &Path) -> Result<PathBuf, Error> {
     let mut left: Vec<PathBuf> = parts(path);
     let mut found = PathBuf::from("/");
     let mut links = 0;
@@ -148,7 +255,9 @@ pub fn resolve(tree: &Path, path: &Path) -> anyhow::Result<PathBuf> {
             continue;
         };
         links += 1;
-        ensure!(links < 40, "{} leads to itself", path.display());
+        if links == 40 {
+            return Err(Error::Loop(path.to_owned()));
+        }
         if target.is_absolute() {
             found = PathBuf::from("/");
         }
@@ -170,7 +279,7 @@ fn parts(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The path on the machine of one in a tree.
-pub fn outside(tree: &Path, path: &Path) -> PathBuf {
+pub(super) fn outside(tree: &Path, path: &Path) -> PathBuf {
     tree.join(path.strip_prefix("/").unwrap_or(path))
 }
 
@@ -182,11 +291,11 @@ struct Program {
 }
 
 impl Program {
-    fn read(path: &Path) -> anyhow::Result<Program> {
+    fn read(path: &Path) -> io::Result<Program> {
         let mut start = [0; 20];
         File::open(path)?.read_exact(&mut start)?;
         let [0x7f, b'E', b'L', b'F', bits, order, .., low, high] = start else {
-            bail!("it is not ELF");
+            return Err(io::Error::other("it is not ELF"));
         };
         let machine = match order {
             2 => u16::from_be_bytes([low, high]),
@@ -196,8 +305,8 @@ impl Program {
     }
 }
 
-impl std::fmt::Display for Program {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bits = if self.bits == 1 { "32" } else { "64" };
         match self.machine {
             3 => write!(f, "i386"),

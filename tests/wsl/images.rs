@@ -117,8 +117,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
             Ok(image) => image,
             Err(error) => {
                 // For people the line is the answer; a program gets it in its place, too.
-                eprintln!("{}: {error:#}", path.display());
-                objects.push(json!({"image": path, "error": format!("{error:#}")}));
+                eprintln!("{}: {error}", path.display());
+                objects.push(json!({"image": path, "error": error.to_string()}));
                 verdict = Verdict::CannotBeTried;
                 continue;
             }

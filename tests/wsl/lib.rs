@@ -25,7 +25,7 @@ pub mod debian;
 mod distro;
 mod examine;
 mod generation;
-mod image;
+pub mod image;
 pub mod images;
 mod machine;
 mod stages;
@@ -39,7 +39,7 @@ use anyhow::Context;
 pub use chroot::enter_tree;
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
-pub use machine::{directory, Machine, Needs};
+pub use machine::{directory, Lack, Machine, Needs};
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.
@@ -76,7 +76,7 @@ pub fn run_show(
         return code;
     }
     let held = match Machine::lacks() {
-        Some(lack) => Err(anyhow::anyhow!(lack)),
+        Some(lack) => Err(lack.into()),
         None => show(),
     };
     match held {

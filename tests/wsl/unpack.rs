@@ -6,17 +6,18 @@
 //! and one that makes the files.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
+use std::process::{ChildStderr, Command, Stdio};
+use std::thread::{self, JoinHandle};
 
-use anyhow::{bail, ensure, Context};
+use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statvfs::statvfs;
 
 use super::debian::require;
+use super::image::Error;
 use super::machine;
 
 /// What is left free on the disk.
@@ -32,13 +33,13 @@ fn directory() -> anyhow::Result<PathBuf> {
 }
 
 /// The tree of an archive, unpacked once.
-pub fn unpacked(archive: &Path, limit: u64) -> anyhow::Result<PathBuf> {
+pub fn unpacked(archive: &Path, limit: u64) -> Result<PathBuf, Error> {
     let directory = directory()?;
     let sum = Command::new("sha256sum")
         .stdin(File::open(archive)?)
         .output()
         .context("running sha256sum")?;
-    let sum = String::from_utf8(sum.stdout)?;
+    let sum = String::from_utf8_lossy(&sum.stdout);
     let name = sum.get(..16).context("sha256sum gave no sum")?;
     let tree = directory.join(name);
     let lock = File::create(directory.join(format!("{name}.lock")))?;
@@ -55,7 +56,8 @@ pub fn unpacked(archive: &Path, limit: u64) -> anyhow::Result<PathBuf> {
         fs::remove_dir_all(&unfinished)?;
     }
     fs::create_dir(&unfinished)?;
-    let done = unpack(archive, &unfinished, limit).and_then(|()| remove_nodes(&unfinished));
+    let done = unpack(archive, &unfinished, limit)
+        .and_then(|()| remove_nodes(&unfinished).map_err(Error::from));
     if let Err(error) = done {
         fs::remove_dir_all(&unfinished)?;
         return Err(error);
@@ -64,12 +66,7 @@ pub fn unpacked(archive: &Path, limit: u64) -> anyhow::Result<PathBuf> {
     Ok(tree)
 }
 
-fn unpack(archive: &Path, to: &Path, limit: u64) -> anyhow::Result<()> {
-    let quiet = |program: &str| {
-        let mut command = Command::new(program);
-        command.env("LC_ALL", "C.UTF-8").stderr(Stdio::piped());
-        command
-    };
+fn unpack(archive: &Path, to: &Path, limit: u64) -> Result<(), Error> {
     let mut plain = quiet("bsdcat")
         .stdin(File::open(archive)?)
         .stdout(Stdio::piped())
@@ -82,14 +79,6 @@ fn unpack(archive: &Path, to: &Path, limit: u64) -> anyhow::Result<()> {
         .stdin(Stdio::piped())
         .spawn()
         .context("running bsdtar")?;
-    let listen = |stream: Option<std::process::ChildStderr>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // What came before an error is worth showing.
-            let _ = stream.map(|mut stream| stream.read_to_end(&mut bytes));
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
-    };
     let complaints = [listen(plain.stderr.take()), listen(files.stderr.take())];
     let from = plain.stdout.take().context("stdout")?;
     let sink = files.stdin.take().context("stdin")?;
@@ -100,28 +89,42 @@ fn unpack(archive: &Path, to: &Path, limit: u64) -> anyhow::Result<()> {
     }
     let statuses = [plain.wait()?, files.wait()?];
     let complaints = complaints.map(|thread| thread.join().expect("reading does not panic"));
-    let copied = copied?;
     // If the second one has stopped reading, that is the first one's trouble, too.
-    if copied == Copied::All && !statuses[0].success() {
-        bail!("the archive is damaged: {}", first_line(&complaints[0]));
+    if copied? == Copied::All && !statuses[0].success() {
+        return Err(Error::Damaged(first_line(&complaints[0])));
     }
     let serious = complaints[1].lines().filter(|line| !is_harmless(line));
     let serious: Vec<_> = serious.collect();
-    if !statuses[1].success() && !serious.is_empty() {
-        let damaged = serious.iter().find(|line| is_damage(line));
-        match damaged {
-            Some(line) => bail!("the archive is damaged: {}", first_line(line)),
-            None => bail!("it does not unpack: {}", first_line(serious[0])),
-        }
+    if statuses[1].success() || serious.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    Err(match serious.iter().find(|line| is_damage(line)) {
+        Some(line) => Error::Damaged(first_line(line)),
+        None if leads_outside(serious[0]) => Error::LeadsOutside(first_line(serious[0])),
+        None => Error::DoesNotUnpack(first_line(serious[0])),
+    })
+}
+
+fn quiet(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C.UTF-8").stderr(Stdio::piped());
+    command
+}
+
+fn listen(stream: Option<ChildStderr>) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What came before an error is worth showing.
+        let _ = stream.map(|mut stream| stream.read_to_end(&mut bytes));
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// The first thing that bsdtar or bsdcat says, without its name.
-fn first_line(text: &str) -> &str {
+fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or("for no reason given");
     let line = line.trim_start_matches("bsdtar: ");
-    line.trim_start_matches("bsdcat: <stdin>: ")
+    line.trim_start_matches("bsdcat: <stdin>: ").to_owned()
 }
 
 /// What a file lacks then is of no account here, and WSL's own disk might take it.
@@ -132,6 +135,11 @@ fn is_harmless(line: &str) -> bool {
 
 fn is_damage(line: &str) -> bool {
     let words = ["Truncated", "truncated", "Damaged", "damaged", "checksum"];
+    words.iter().any(|word| line.contains(word))
+}
+
+fn leads_outside(line: &str) -> bool {
+    let words = ["Path contains '..'", "Cannot extract through symlink"];
     words.iter().any(|word| line.contains(word))
 }
 
@@ -148,7 +156,7 @@ fn copy(
     mut to: impl Write,
     directory: &Path,
     limit: u64,
-) -> anyhow::Result<Copied> {
+) -> Result<Copied, Error> {
     let mut buffer = vec![0; 1 << 20];
     let (mut total, mut looked) = (0, 0);
     check_room(directory)?;
@@ -163,18 +171,13 @@ fn copy(
         if filled == 0 {
             return Ok(Copied::All);
         }
-        if total == 0 {
-            ensure!(
-                buffer.get(..512).is_some_and(is_tar_header),
-                "it is neither a directory nor a tar archive, plain or compressed"
-            );
+        if total == 0 && !buffer.get(..512).is_some_and(is_tar_header) {
+            return Err(Error::NoTar);
         }
         total += filled as u64;
-        ensure!(
-            total <= limit,
-            "unpacked it has more than {}, which no image of a distro has",
-            size(limit)
-        );
+        if total > limit {
+            return Err(Error::TooLarge(limit));
+        }
         if total - looked >= 64 << 20 {
             check_room(directory)?;
             looked = total;
@@ -186,24 +189,16 @@ fn copy(
     }
 }
 
-fn size(bytes: u64) -> String {
-    match bytes >> 30 {
-        0 => format!("{} MiB", bytes >> 20),
-        gib => format!("{gib} GiB"),
-    }
-}
-
-fn check_room(directory: &Path) -> anyhow::Result<()> {
+fn check_room(directory: &Path) -> Result<(), Error> {
     let disk = statvfs(directory).context("asking for the free space")?;
     let room = disk.blocks_available().saturating_mul(disk.fragment_size());
     // Some file systems do not count their files.
     let files = disk.files() == 0 || disk.files_available() > FILES_RESERVE;
-    ensure!(
-        room > RESERVE && files,
-        "there is no room to unpack it below {}",
-        directory.display()
-    );
-    Ok(())
+    if room > RESERVE && files {
+        Ok(())
+    } else {
+        Err(Error::NoRoom(directory.to_owned()))
+    }
 }
 
 /// Whether a block has the checksum of a tar header. Other archives that bsdtar reads are not taken:
@@ -221,7 +216,7 @@ fn is_tar_header(block: &[u8]) -> bool {
 }
 
 /// WSL's /dev is its own, and there is no other place for device nodes.
-fn remove_nodes(directory: &Path) -> anyhow::Result<()> {
+fn remove_nodes(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let kind = entry.file_type()?;
