@@ -1,23 +1,18 @@
-//! A simulated WSL2 VM: real systemd on a real binfmt_misc table, and nothing of the machine
-//! touched.
-//!
-//! - `machine.rs`, outside: what a VM is made of, and starting one
-//! - `cgroup.rs`: what holds a VM's processes, and ends them
-//! - `debian.rs`: the Debian trees that distros boot from
-//! - `vm.rs`, inside: the table, launching an `.exe`, the hammer
-//! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
-//! - `stages.rs`: what a distro's first processes do before systemd runs
-//! - `generation.rs`: what WSL itself does for interop, by its version
-//! - `image.rs`, `unpack.rs`: images that somebody made, looked at and unpacked
-//! - `examine.rs`: what becomes of Windows programs in a distro from one
-//! - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
-//! - `chroot.rs`: a Debian tree to measure programs in
-//! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
-//!
-//! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
-//! in it. A process can only get there when it is started anew, so a program that uses this
-//! crate calls `run_stage` first of all: it is itself started again as the VM's process, and
-//! from there as each distro's first one.
+#![doc = include_str!("README.md")]
+#![deny(missing_docs)]
+
+// - `machine.rs`, outside: what a VM is made of, and starting one
+// - `cgroup.rs`: what holds a VM's processes, and ends them
+// - `debian.rs`: the Debian trees that distros boot from
+// - `vm.rs`, inside: the table, launching an `.exe`, the hammer
+// - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
+// - `stages.rs`: what a distro's first processes do before systemd runs
+// - `generation.rs`: what WSL itself does for interop, by its version
+// - `image.rs`, `unpack.rs`: images that somebody made, looked at and unpacked
+// - `examine.rs`: what becomes of Windows programs in a distro from one
+// - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
+// - `chroot.rs`: a Debian tree to measure programs in
+// - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 
 mod cgroup;
 mod chroot;

@@ -24,7 +24,7 @@ const VM_TIMEOUT: Duration = Duration::from_secs(900);
 /// What the VMs of a program are to have.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Needs<'a> {
-    /// Debian suites to boot distros from, such as `trixie`.
+    /// Debian suites to boot distros from, such as `trixie`. Their trees are in `trees` in `directory`.
     pub suites: &'a [&'a str],
     /// Debian packages that their trees have, besides systemd and D-Bus.
     pub packages: &'a [&'a str],

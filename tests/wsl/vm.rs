@@ -27,7 +27,8 @@ const EXE: &str = "/vm/hello.exe";
 /// Another one, which rules for the extension `exe` do not take.
 const NO_EXTENSION: &str = "/vm/hello";
 
-/// The VM that this process runs in.
+/// The VM that this process runs in. It sees the machine's files where they are; in `/vm` is what it
+/// has of its own, and in `/vm/NAME/upper` what a distro has beyond its tree, also before it boots.
 pub struct Vm {
     pub(super) given: Given,
 }
@@ -280,7 +281,9 @@ impl Hammer {
 /// How a hammer's launches went.
 #[derive(Debug, Default)]
 pub struct Launches {
+    /// Those for which WSL's `/init` was started.
     pub started: u32,
+    /// All others.
     pub failed: u32,
     /// The longest time from one launch that started to the next.
     pub longest_gap: Duration,
@@ -290,6 +293,7 @@ pub struct Launches {
 }
 
 impl Launches {
+    /// How many there were.
     pub fn all(&self) -> u32 {
         self.started + self.failed
     }
