@@ -76,25 +76,24 @@ fn download(suite: &str) -> anyhow::Result<()> {
         ensure!(!debs(&set.join("upgrade"))?.is_empty(), "no {upgrades:?}");
     }
 
-    let foreign = packages.join("foreign");
-    fs::create_dir(&foreign)?;
+    download_foreign(&apt, &packages.join("foreign"))?;
+    fs::remove_dir_all(packages.join("apt"))?;
+    Ok(fs::write(recipe, wanted)?)
+}
+
+/// Downloads a program for another architecture.
+fn download_foreign(apt: &Apt, foreign: &Path) -> anyhow::Result<()> {
+    fs::create_dir(foreign)?;
     apt.run(
-        &foreign,
+        foreign,
         &["download", &format!("busybox-static:{}", FOREIGN.0)],
     )?;
-    let package = debs(&foreign)?.pop().context("no busybox")?;
-    succeed(
-        Command::new("dpkg-deb")
-            .arg("-x")
-            .args([&package, &foreign]),
-    )?;
+    let package = debs(foreign)?.pop().context("no busybox")?;
+    succeed(Command::new("dpkg-deb").args(["-x".as_ref(), package.as_path(), foreign]))?;
     // Debian 12's is in /bin.
     let program = ["bin", "usr/bin"].map(|bin| foreign.join(bin).join("busybox"));
     let program = program.iter().find(|p| p.exists()).context("no busybox")?;
-    fs::rename(program, foreign.join("busybox"))?;
-
-    fs::remove_dir_all(packages.join("apt"))?;
-    Ok(fs::write(recipe, wanted)?)
+    Ok(fs::rename(program, foreign.join("busybox"))?)
 }
 
 /// apt(8) of this machine, working for a tree without changing it: the tree's sources and keys,

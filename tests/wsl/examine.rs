@@ -112,12 +112,7 @@ pub fn play(vm: &Vm, case: &Case) -> anyhow::Result<Seen> {
     let mut notes = Vec::new();
     let mine = with_package(distro(vm, "mine", case)?, case, &mut notes)?;
     let mine = play.at(|| mine.boot())?;
-    let registered = vm.entries();
-    let registered = registered
-        .iter()
-        .filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"))
-        .map(|name| format!("{name} ({})", flags(&vm.entry(name))))
-        .collect();
+    let registered = registered(vm, &before);
     let systemd = mine.systemctl(&["--version"]);
     let systemd = systemd.split_whitespace().nth(1).unwrap_or("unknown");
     let boot_seconds = boot_seconds(&mine);
@@ -202,6 +197,16 @@ impl Play<'_> {
 fn state(distro: &Distro) -> String {
     let state = distro.systemctl(&["is-system-running"]);
     state.trim().to_owned()
+}
+
+/// The entries that were not there before, but WSL's own.
+fn registered(vm: &Vm, before: &[String]) -> Vec<String> {
+    let entries = vm.entries();
+    let new = entries
+        .iter()
+        .filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"));
+    new.map(|name| format!("{name} ({})", flags(&vm.entry(name))))
+        .collect()
 }
 
 /// An entry's interpreter and flags.

@@ -86,22 +86,28 @@ struct Wsl {
     name: String,
 }
 
-fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
-    let mut wsls = Vec::new();
-    for version in &arguments.wsl {
-        wsls.push(Wsl {
-            generation: Generation::of_version(version)?,
-            version: version.clone(),
-            name: version.clone(),
-        });
-    }
-    if wsls.is_empty() {
-        wsls.extend(Generation::ALL.map(|generation| Wsl {
+/// WSL of these versions, or of all generations.
+fn wsls(versions: &[String]) -> anyhow::Result<Vec<Wsl>> {
+    if versions.is_empty() {
+        let all = Generation::ALL.map(|generation| Wsl {
             generation,
             version: generation.a_version().to_owned(),
             name: generation.versions().to_owned(),
-        }));
+        });
+        return Ok(all.into());
     }
+    let wsl = |version: &String| {
+        Ok(Wsl {
+            generation: Generation::of_version(version)?,
+            version: version.clone(),
+            name: version.clone(),
+        })
+    };
+    versions.iter().map(wsl).collect()
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
+    let wsls = wsls(&arguments.wsl)?;
     if let Some(lack) = Machine::lacks() {
         bail!(lack);
     }
@@ -202,14 +208,6 @@ impl Tried {
         }
     }
 
-    fn whose(&self) -> &'static str {
-        if self.package {
-            "with the package"
-        } else {
-            "as it is"
-        }
-    }
-
     fn object(&self, path: &Path, image: &Image, with: Option<&Path>) -> Value {
         let mut object = json!({
             "image": path,
@@ -227,6 +225,33 @@ impl Tried {
             Err(error) => object["error"] = json!(error),
         }
         object
+    }
+}
+
+fn whose(package: bool) -> &'static str {
+    if package {
+        "with the package"
+    } else {
+        "as it is"
+    }
+}
+
+fn try_once(machine: &Machine, image: &Image, wsl: &Wsl, package: Option<Package>) -> Tried {
+    let with = package.is_some();
+    let case = Case {
+        tree: image.tree.clone(),
+        systemd: image.systemd.clone(),
+        generation: wsl.generation.name().to_owned(),
+        version: wsl.version.clone(),
+        package,
+    };
+    let seen = serde_json::to_string(&case).map_err(anyhow::Error::from);
+    let seen = seen.and_then(|case| machine.in_vm(&[&case]));
+    let seen = seen.and_then(|printed| Ok(serde_json::from_str(&printed)?));
+    Tried {
+        wsl: wsl.clone(),
+        package: with,
+        seen: seen.map_err(|error| format!("{error:#}")),
     }
 }
 
@@ -251,30 +276,16 @@ fn try_image(
     let work = || loop {
         let next = left.lock().expect("no worker panics").next();
         let Some((number, (wsl, package))) = next else {
-            return anyhow::Ok(());
-        };
-        let mut one = Tried {
-            wsl: wsl.clone(),
-            package: package.is_some(),
-            seen: Err(String::new()),
+            return;
         };
         eprintln!(
             "{}: {} of {all}, under WSL {}, {} ...",
             path.display(),
             number + 1,
             wsl.name,
-            one.whose()
+            whose(package.is_some())
         );
-        let case = serde_json::to_string(&Case {
-            tree: image.tree.clone(),
-            systemd: image.systemd.clone(),
-            generation: wsl.generation.name().to_owned(),
-            version: wsl.version.clone(),
-            package,
-        })?;
-        let seen = machine.in_vm(&[&case]);
-        let seen = seen.and_then(|printed| Ok(serde_json::from_str(&printed)?));
-        one.seen = seen.map_err(|error| format!("{error:#}"));
+        let one = try_once(machine, image, wsl, package);
         let mut tried = tried.lock().expect("no worker panics");
         tried.push((number, one));
     };
@@ -282,7 +293,7 @@ fn try_image(
         let workers = thread::available_parallelism()?.get();
         let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
         for worker in workers {
-            worker.join().expect("no worker panics")?;
+            worker.join().expect("no worker panics");
         }
         anyhow::Ok(())
     })?;
@@ -312,17 +323,7 @@ fn print_table(path: &Path, image: &Image, tried: &[Tried]) {
         .map(|name| (*name).to_owned())
         .collect::<Vec<_>>()];
     rows.extend(tried.iter().map(row));
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    for row in &rows {
-        let cells = row.iter().enumerate();
-        let cells: Vec<_> = cells
-            .map(|(column, cell)| format!("{cell:width$}", width = width(column)))
-            .collect();
-        println!("{}", cells.join("  ").trim_end());
-    }
+    print_columns(&rows);
     println!(
         "\nWhether Windows programs start after boot, a restart of systemd-binfmt, a \
          daemon-reload with\nsuch a restart, and the start and poweroff of another distro of the \
@@ -344,13 +345,27 @@ fn print_table(path: &Path, image: &Image, tried: &[Tried]) {
     }
     for tried in wrong {
         let wrong = tried.wrong().join("; ");
-        println!("WSL {}, {}: {wrong}.", tried.wsl.name, tried.whose());
+        println!("WSL {}, {}: {wrong}.", tried.wsl.name, whose(tried.package));
     }
     println!();
 }
 
+fn print_columns(rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    for row in rows {
+        let cells = row.iter().enumerate();
+        let cells: Vec<_> = cells
+            .map(|(column, cell)| format!("{cell:width$}", width = width(column)))
+            .collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
 fn row(tried: &Tried) -> Vec<String> {
-    let mut row = vec![tried.wsl.name.clone(), tried.whose().to_owned()];
+    let mut row = vec![tried.wsl.name.clone(), whose(tried.package).to_owned()];
     let Ok(seen) = &tried.seen else {
         row.push("not tried to the end".to_owned());
         return row;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -198,20 +198,7 @@ impl Machine {
         let stderr = child.stderr.take().context("stderr")?;
         let complaints = thread::spawn(move || read_all(stderr));
 
-        let started = (|| {
-            cgroup.add(&child)?;
-            let mut line = String::new();
-            stdout.read_line(&mut line)?;
-            ensure!(line == "unshared\n", "no user namespace for the VM");
-            for map in ["uid_map", "gid_map"] {
-                let path = format!("/proc/{}/{map}", child.id());
-                fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
-            }
-            let mut stdin = child.stdin.take().context("stdin")?;
-            stdin.write_all(b"mapped\n").context("telling the VM")?;
-            Ok(stdin)
-        })();
-        let (started, stdin) = match started {
+        let (started, stdin) = match map_users(&mut child, &cgroup, &mut stdout) {
             Ok(stdin) => (Ok(()), Some(stdin)),
             Err(error) => (Err(error), None),
         };
@@ -220,16 +207,7 @@ impl Machine {
         if started.is_err() {
             child.kill()?;
         }
-        let deadline = Instant::now() + VM_TIMEOUT;
-        let status = loop {
-            if let Some(status) = child.try_wait()? {
-                break Some(status);
-            }
-            if Instant::now() > deadline {
-                break None;
-            }
-            thread::sleep(Duration::from_millis(10));
-        };
+        let status = end_of(&mut child)?;
         drop(cgroup);
         let printed = printed.join().expect("reading does not panic");
         let complaints = complaints.join().expect("reading does not panic");
@@ -240,6 +218,37 @@ impl Machine {
             None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
         }
     }
+}
+
+/// Lets the VM have all users, as soon as it has a user namespace, and says so to it.
+fn map_users(
+    vm: &mut Child,
+    cgroup: &Cgroup,
+    stdout: &mut impl BufRead,
+) -> anyhow::Result<ChildStdin> {
+    cgroup.add(vm)?;
+    let mut line = String::new();
+    stdout.read_line(&mut line)?;
+    ensure!(line == "unshared\n", "no user namespace for the VM");
+    for map in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{}/{map}", vm.id());
+        fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
+    }
+    let mut stdin = vm.stdin.take().context("stdin")?;
+    stdin.write_all(b"mapped\n").context("telling the VM")?;
+    Ok(stdin)
+}
+
+/// Waits for a VM, but not for ever.
+fn end_of(vm: &mut Child) -> io::Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + VM_TIMEOUT;
+    while Instant::now() < deadline {
+        if let Some(status) = vm.try_wait()? {
+            return Ok(Some(status));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(None)
 }
 
 /// Reads what the VM prints, to its end. What it asks of the machine is done for it meanwhile.
