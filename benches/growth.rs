@@ -3,6 +3,10 @@
 //! the time from a wipe until WSLInterop stands again, and `status`; and what the watchers of many
 //! distros do together after one wipe. `cargo bench --bench growth`.
 
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
@@ -12,7 +16,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use wsl_vm::{Builder, DebianPackage, Distro, Machine, Vm};
+use wsl_vm::{Builder, Distro, Vm};
+
+use ours::debian_package::DebianPackage;
+use ours::Run;
 
 const SUITE: &str = "trixie";
 const TABLE: &str = "/proc/sys/fs/binfmt_misc";
@@ -350,7 +357,7 @@ impl Medians {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE])?;
     DebianPackage::built()?;
     let measured = |whose| -> anyhow::Result<Medians> {
         let mut measured = String::new();

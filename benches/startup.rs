@@ -4,6 +4,10 @@
 //! of them, twice in a row, of which the second counts; times are what they use of a processor,
 //! medians over all rounds. `cargo bench --bench startup`.
 
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +17,9 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use nix::sys::resource::{getrusage, UsageWho};
 use nix::sys::time::TimeValLike;
-use wsl_vm::{enter_tree, DebianPackage, Machine};
+use wsl_vm::{enter_tree, Machine};
+
+use ours::debian_package::DebianPackage;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 const ROUNDS: usize = 500;
@@ -426,12 +432,12 @@ fn bench() -> anyhow::Result<()> {
         anyhow::bail!(lack);
     }
     let shares = shares()?;
-    let machine = Machine::prepare(&["trixie"])?;
+    ours::prepare(&["trixie"])?;
     let package = DebianPackage::built()?;
     let floor = build_floor(&package)?;
     let package = package.directory.join("package");
     enter_tree("trixie", TOOLS, |root| {
-        lay_out(root, &package, &floor, &machine.generator())
+        lay_out(root, &package, &floor, &ours::program()?)
     })?;
     finish()?;
     print()?;

@@ -2,11 +2,19 @@
 //! Debian 13 and the package that is made for it: the boot, restarts of systemd-binfmt, reloads, the
 //! poweroff, and apt. Stock and ours in turn. `cargo bench --bench units`.
 
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
+
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use wsl_vm::{Builder, DebianPackage, Distro, Generation, Machine, Vm};
+use wsl_vm::{Builder, Distro, Generation, Vm};
+
+use ours::debian_package::DebianPackage;
+use ours::downloads::download_packages;
+use ours::{Install, Run};
 
 const SUITE: &str = "trixie";
 /// Boots of each, and runs of apt. The other commands are run three times in each boot.
@@ -62,12 +70,10 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
         for whose in ["stock", "ours"] {
             let name = format!("{whose}{round}");
             vm.renew_interop()?;
+            let distro = builder(vm, &name, whose)?;
             let distro = match what {
-                "apt" => {
-                    vm.bring_packages(&name, SUITE)?;
-                    builder(vm, &name, whose)?.binfmt_support()
-                }
-                _ => builder(vm, &name, whose)?,
+                "apt" => distro.bring_packages(SUITE)?.binfmt_support(),
+                _ => distro,
             };
             let distro = distro.generation(generation).boot()?;
             let measured = match what {
@@ -132,8 +138,8 @@ fn median(measured: &str, whose: &str, what: &str) -> anyhow::Result<(Duration, 
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(&[SUITE])?;
-    wsl_vm::download_packages(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE])?;
+    download_packages(&[SUITE])?;
     DebianPackage::built()?;
     for generation in GENERATIONS {
         let mut measured = String::new();

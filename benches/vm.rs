@@ -2,13 +2,20 @@
 //! Debian 13 and the package that is made for it: its verbs, the watcher, and launches during 40
 //! restarts of systemd-binfmt under every generation of WSL. `cargo bench --bench vm`.
 
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
+
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use wsl_vm::{Builder, DebianPackage, Distro, Generation, Machine, Vm};
+use wsl_vm::{Builder, Distro, Generation, Vm};
+
+use ours::debian_package::DebianPackage;
+use ours::{Install, Run};
 
 const SUITE: &str = "trixie";
 /// The verbs as units call them, mostly with nothing to do; true(1) to compare with.
@@ -174,7 +181,7 @@ fn at(times: &[Duration], percent: usize) -> Duration {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE])?;
     DebianPackage::built()?;
     for what in ["verbs", "watcher"] {
         println!("{}", machine.in_vm(&[what])?);

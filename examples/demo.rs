@@ -1,11 +1,16 @@
 //! Shows what this project is for: a Windows program, launched in a throw-away WSL VM with real
 //! systemd, without us and with us. Exit status 1 if it did not hold.
 
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
+
 use std::process::ExitCode;
 
 use anyhow::Context;
+use wsl_vm::Vm;
 
-use wsl_vm::{Machine, Vm};
+use ours::Install;
 
 /// systemd 257.
 const SUITE: &str = "trixie";
@@ -38,7 +43,7 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE])?;
     let without = machine.in_vm(&["without"])?;
     let with = machine.in_vm(&["with"])?;
     println!(

@@ -7,6 +7,9 @@
 #[allow(dead_code)] // Each user needs a part of it.
 #[path = "../tests/markdown/mod.rs"]
 mod markdown;
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../tests/ours/mod.rs"]
+mod ours;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -14,10 +17,10 @@ use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{bail, ensure, Context};
-
-use wsl_vm::life::{Event, Life, PROMISED};
-use wsl_vm::neighbours::{self, Act, Beside, Whose};
 use wsl_vm::{Generation, Machine, Vm};
+
+use ours::life::{Event, Life, PROMISED};
+use ours::neighbours::{self, Act, Beside, Whose};
 
 const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 const NEIGHBOURS: &[&str] = &["bookworm", "trixie"];
@@ -376,7 +379,7 @@ fn cases(suites: &[&'static str], besides: &[Option<bool>]) -> Vec<Case> {
 
 /// Prints the tables; whether all was as promised.
 fn show() -> anyhow::Result<bool> {
-    let machine = Machine::prepare(SUITES)?;
+    let machine = ours::prepare(SUITES)?;
     // The lives of the first table are played by `cargo test`, too.
     let alone = match std::env::args().nth(1).as_deref() {
         Some("neighbours") => Vec::new(),

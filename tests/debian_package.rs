@@ -2,10 +2,16 @@
 //! of Cargo.toml), its lintian, no network. What it does when it is installed and removed is
 //! played in `scenarios/debian_package.rs`.
 
+#[allow(dead_code)] // Each user needs a part of it.
+mod ours;
+
 use std::fs;
 
 use anyhow::{ensure, Context};
-use wsl_vm::{project, DebianPackage, Machine};
+use wsl_vm::Machine;
+
+use ours::debian_package::DebianPackage;
+use ours::project;
 
 /// The package, or a loud word and `None` where there can be none; in CI that is a failure.
 fn package() -> anyhow::Result<Option<DebianPackage>> {

@@ -1,7 +1,10 @@
 //! What other people's code is in the program or runs while it is built, under which licences: a
-//! change here is one to look at.
+//! change here is one to look at. And that the crate which other people may use for their tests has
+//! nothing of this project.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{ensure, Context};
@@ -135,6 +138,28 @@ fn all_crates_come_from_crates_io() -> anyhow::Result<()> {
         names,
         ["name = \"wsl-binfmt-generator\"", "name = \"wsl-vm\""]
     );
+    Ok(())
+}
+
+/// It is to serve other projects, too.
+#[test]
+fn the_simulated_vm_knows_nothing_of_this_project() -> anyhow::Result<()> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wsl");
+    let mut files = 0;
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let mut text = fs::read_to_string(&path)?.to_lowercase();
+        if path.ends_with("generation.rs") {
+            // WSL's own generator has to do with units of these names.
+            text = text.replace("/wsl-binfmt.service", "");
+            text = text.replace("systemd-binfmt binfmt-support", "");
+        }
+        for name in ["wsl-binfmt", "wsl-interop", "binfmt-support", "../.."] {
+            ensure!(!text.contains(name), "{name} in {}", path.display());
+        }
+        files += 1;
+    }
+    ensure!(files > 10, "{files} files");
     Ok(())
 }
 

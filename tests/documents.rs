@@ -105,6 +105,17 @@ fn the_commands_of_contributing_find_what_they_name() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// It is the first thing that is read of the crate, and its lines are copied.
+#[test]
+fn the_example_of_the_simulated_vm_compiles() -> anyhow::Result<()> {
+    let tested = sh(
+        "example",
+        r#"cd "$SOURCE"; "$CARGO" test --locked --quiet -p wsl-vm --doc"#,
+    )?;
+    ensure!(tested.contains("1 passed"), "{tested}");
+    Ok(())
+}
+
 /// The table of the tests begins with what a contributor needs first.
 #[test]
 fn contributing_begins_with_three_commands() -> anyhow::Result<()> {

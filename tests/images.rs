@@ -1,6 +1,8 @@
 //! The program `wsl-vm` with images that nobody here made: what it says of those that it cannot
 //! try, and that it tries the others.
 
+#[allow(dead_code)] // Each user needs a part of it.
+mod ours;
 mod shell;
 
 use std::fs;
@@ -8,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{ensure, Context};
-use wsl_vm::Machine;
+use wsl_vm::{Machine, Needs};
 
 use shell::{have_programs, scratch, sh};
 
@@ -66,8 +68,13 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
     let Some(_lock) = can_be_tried()? else {
         return Ok(());
     };
-    Machine::prepare(&["bullseye", "forky"])?;
-    for suite in ["bullseye", "forky"] {
+    let suites = ["bullseye", "forky"];
+    Machine::prepare(&Needs {
+        suites: &suites,
+        packages: ours::PACKAGES,
+        ..Needs::default()
+    })?;
+    for suite in suites {
         // Stock, under a WSL that does nothing for interop.
         let output = sh(
             "debian",

@@ -1,14 +1,17 @@
 //! The image for WSL that `packaging/wsl/build-image` makes of Debian 13 with the Debian package:
 //! what is in it, its first run, and whether Windows programs start in it under every WSL.
 
+#[allow(dead_code)] // Each user needs a part of it.
+mod ours;
 mod shell;
 
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{ensure, Context};
-use wsl_vm::{DebianPackage, Machine};
+use wsl_vm::Machine;
 
+use ours::debian_package::DebianPackage;
 use shell::{have_programs, scratch, sh};
 
 /// In bytes.

@@ -5,6 +5,7 @@ use std::thread;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
+use crate::ours::Install;
 use crate::promises::{state, RULE};
 use crate::stand_in::{alone, served, within, RUNNING, SOON};
 use crate::verbs::Test;

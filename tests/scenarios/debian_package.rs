@@ -8,6 +8,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
+use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
 use crate::stand_in::{alone, within, RUNNING, SOON};
 use crate::status::look;
@@ -30,8 +31,8 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
         live(vm, Generation::Lock)
     }),
     ("the Debian package where it is not WSL", |vm| {
-        let mine = vm.distro("mine", "trixie").osrelease("6.12.0-amd64");
-        vm.bring_debian_package("mine")?;
+        let mine = vm.distro("mine", "trixie").bring_debian_package()?;
+        let mine = mine.osrelease("6.12.0-amd64");
         let mine = mine.environment(&[]).without_init().boot()?;
         install(&mine, "package")?;
         let emitted = mine.run("ls /run/systemd/generator.early /run/wsl-binfmt 2>&1 | grep wsl");
@@ -230,7 +231,6 @@ fn with_rules<'vm>(
     whose: &str,
     packaged: bool,
 ) -> anyhow::Result<Builder<'vm>> {
-    vm.bring_debian_package(name)?;
     let formats = PathBuf::from(format!("/vm/{name}/upper/var/lib/binfmts"));
     fs::create_dir_all(&formats)?;
     fs::write(formats.join("supportfmt"), FORMAT)?;
@@ -240,7 +240,8 @@ fn with_rules<'vm>(
         true => vm.packaged(name)?,
         false => vm.distro(name, "trixie"),
     };
-    let distro = distro.binfmt_support().program("/usr/local/bin/own", whose);
+    let distro = distro.bring_debian_package()?.binfmt_support();
+    let distro = distro.program("/usr/local/bin/own", whose);
     // Python's, which comes with the tree, is not what this is about.
     let distro = distro.file("/etc/binfmt.d/python3.13.conf", "");
     Ok(distro.file("/etc/binfmt.d/own.conf", RULES))
@@ -325,9 +326,9 @@ fn run_in(distro: &Distro, magic: &str) -> String {
 
 /// Installs, upgrades, removes and purges it, with launches all the time.
 fn live(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
-    let mine = vm.distro("mine", "trixie").generation(generation);
-    vm.bring_debian_package("mine")?;
+    let mine = vm.distro("mine", "trixie").bring_debian_package()?;
     let mine = mine
+        .generation(generation)
         .file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"))
         .boot()?;
     let before = Seen::of(vm, &mine);

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::Vm;
 
+use crate::ours::{Install, Run};
 use crate::stand_in::{alone, served};
 use crate::strace::{self, Fault};
 use crate::verbs::Test;

@@ -1,9 +1,10 @@
 //! Every generation of WSL: what a distro's life is like without us, and that it is as promised
 //! with us.
 
-use wsl_vm::life::{Life, PROMISED};
 use wsl_vm::Generation;
 
+use crate::ours::life::{Life, PROMISED};
+use crate::ours::Install;
 use crate::promises::{Expect, Scenario, Setting};
 
 const fn scenario(

@@ -4,6 +4,7 @@ use anyhow::ensure;
 use wsl_vm::Vm;
 
 use crate::markdown::blocks;
+use crate::ours::Run;
 use crate::verbs::Test;
 
 pub const IN_THE_IMAGE: &[Test] = &[

@@ -13,6 +13,9 @@ mod markdown;
 mod neighbours;
 mod order;
 mod others;
+#[allow(dead_code)] // Each user needs a part of it.
+#[path = "../ours/mod.rs"]
+mod ours;
 mod own_rules;
 mod packages;
 mod promises;
@@ -34,6 +37,8 @@ use anyhow::{bail, ensure, Context};
 use libtest_mimic::{Arguments, Failed, Trial};
 use wsl_vm::{Machine, Vm};
 
+use ours::debian_package::DebianPackage;
+use ours::downloads::download_packages;
 use promises::{Expect, Scenario, Setting};
 use verbs::Test;
 
@@ -77,7 +82,7 @@ fn package_is_built() -> anyhow::Result<()> {
     static BUILT: Mutex<bool> = Mutex::new(false);
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     if !*built {
-        wsl_vm::DebianPackage::built()?;
+        DebianPackage::built()?;
         *built = true;
     }
     Ok(())
@@ -182,9 +187,9 @@ fn main() -> ExitCode {
         }
         return libtest_mimic::run(&arguments, trials(None)).exit_code();
     }
-    let prepared = Machine::prepare(SUITES).and_then(|machine| {
-        wsl_vm::download_packages(packages::SUITES)?;
-        wsl_vm::require("jsonschema", "python3-jsonschema")?;
+    let prepared = ours::prepare(SUITES).and_then(|machine| {
+        download_packages(packages::SUITES)?;
+        wsl_vm::debian::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
     });
     let machine: &'static Machine = match prepared {

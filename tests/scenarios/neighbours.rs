@@ -2,9 +2,9 @@
 //! a stock one, which is the control; and two of ours leave each other all that is theirs.
 
 use anyhow::ensure;
-use wsl_vm::neighbours::{Act, Beside, Whose};
 use wsl_vm::{Generation, Vm};
 
+use crate::ours::neighbours::{Act, Beside, Whose};
 use crate::verbs::Test;
 
 /// The other generations, and systemd 252: `cargo run --example matrix`.

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::ensure;
 use wsl_vm::{Vm, WSL_INTEROP};
 
+use crate::ours::Run;
 use crate::verbs::Test;
 
 /// Rules that claim every Windows program, as they are found in the wild: Mono's, Wine's by magic

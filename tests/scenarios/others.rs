@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm, WSL_INTEROP};
 
+use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
 use crate::stand_in::{alone, served, within, RUNNING, SOON};
 use crate::status::look;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Vm, WSL_INTEROP};
 
+use crate::ours::{Install, Run};
 use crate::promises::state;
 use crate::release::{disk_afterwards, put_on_a_disk};
 use crate::stand_in::{alone, within, RUNNING, SOON};

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use wsl_vm::{Distro, Launches};
 
+use crate::ours::Install;
 use crate::promises::{Expect, Scenario, Setting};
 
 /// The suites that the packages come from.
@@ -158,10 +159,10 @@ const WAIT: Duration = Duration::from_millis(400);
 const STARTED: &str = "systemctl show --property=InvocationID systemd-binfmt";
 
 fn boot(setting: &Setting) -> anyhow::Result<Distro> {
-    setting.vm.bring_packages("mine", setting.suite)?;
     setting
         .vm
         .distro("mine", setting.suite)
+        .bring_packages(setting.suite)?
         .generator(setting.ours)
         .binfmt_support()
         .boot()

@@ -3,6 +3,7 @@
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Vm, WSL_INTEROP};
 
+use crate::ours::Install;
 use crate::stand_in::{alone, within, SOON};
 
 /// A rule of the distro's own, as qemu's are: with `F`.

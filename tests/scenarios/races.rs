@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use wsl_vm::{Distro, Vm, WSL_INTEROP};
 
+use crate::ours::{Install, Run};
 use crate::promises::state;
 use crate::verbs::Test;
 

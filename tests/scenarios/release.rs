@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use wsl_vm::{Distro, Generation, Vm};
 
+use crate::ours::Install;
 use crate::promises::{Expect, Scenario, Setting};
 
 /// Debian's rule for programs of arm64.

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::ensure;
 use wsl_vm::Distro;
 
+use crate::ours::{Install, Run};
 use crate::promises::{Expect, Scenario, Setting};
 use crate::verbs::Test;
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use wsl_vm::Distro;
 
+use crate::ours::Install;
 use crate::promises::{state, Expect, Scenario, Setting};
 
 const PF: &str = "WSLInterop: enabled, interpreter /init, flags: PF";

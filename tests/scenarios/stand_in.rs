@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::{Generation, Vm};
 
+use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
 use crate::verbs::Test;
 use crate::watch::Watcher;

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use serde_json::Value;
-use wsl_vm::{project, Builder, Distro, Generation, Vm};
+use wsl_vm::{Builder, Distro, Generation, Vm};
 
+use crate::ours::{project, Install, Run};
 use crate::promises::RULE;
 use crate::verbs::Test;
 

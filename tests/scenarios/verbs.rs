@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{bail, ensure};
 use wsl_vm::Vm;
 
+use crate::ours::Run;
 use crate::promises::RULE;
 
 /// A test of a verb: what it shows, and how.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::Vm;
 
+use crate::ours::Run;
 use crate::stand_in::{alone, within};
 use crate::verbs::Test;
 

@@ -6,7 +6,7 @@ use anyhow::Context;
 use nix::sched::{unshare, CloneFlags};
 
 use super::debian::tree;
-use super::machine::target_directory;
+use super::machine::directory;
 use super::mount;
 
 /// Turns this process's root into a tree of that suite with these packages. `lay_out` puts what else
@@ -19,8 +19,7 @@ pub fn enter_tree(
     packages: &str,
     lay_out: impl FnOnce(&Path) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let directory = target_directory()?.join("wsl-vm");
-    let tree = tree(&directory.join("bench"), suite, packages, None)?;
+    let tree = tree(&directory()?.join("bench"), suite, packages, None)?;
     unshare(CloneFlags::CLONE_NEWNS).context("unsharing a mount namespace")?;
     mount("none", "/", "rprivate", "")?;
     let inside = |name: &str| tree.join(name).to_string_lossy().into_owned();

@@ -1,8 +1,8 @@
 //! A distro in the VM: Debian's own systemd as PID 1 of its own namespaces, on the VM's table.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{symlink, PermissionsExt};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -13,8 +13,9 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use super::generation::Generation;
+use super::image::{outside, resolve};
 use super::vm::{Vm, TABLE};
-use super::{mount, project, DISTRO_STAGE};
+use super::{mount, DISTRO_STAGE};
 
 /// Longer than this no boot, command or poweroff takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -52,8 +53,9 @@ pub struct Builder<'vm> {
     environment: Vec<String>,
     init: bool,
     read_only: bool,
-    generator: bool,
     masked: Vec<String>,
+    copies: Vec<(PathBuf, String)>,
+    links: Vec<(String, String)>,
     files: Vec<(String, String)>,
     programs: Vec<(String, String)>,
 }
@@ -70,19 +72,21 @@ impl<'vm> Builder<'vm> {
             environment: Generation::None.environment(),
             init: true,
             read_only: false,
-            generator: false,
-            masked: vec!["binfmt-support.service".to_owned()],
+            masked: vm.given.masked.clone(),
+            copies: Vec::new(),
+            links: Vec::new(),
             files: Vec::new(),
             programs: Vec::new(),
         }
     }
 
-    /// From somebody's image, a directory, in place of a Debian tree. Nothing is masked in it but
-    /// what a user namespace may not do, and it is kept from what belongs to the machine.
-    pub(super) fn image(mut self, tree: &Path) -> Self {
-        self.image = Some(tree.to_owned());
-        self.masked.clear();
-        self
+    /// From somebody's image. Nothing is masked in it but what a user namespace may not do, and it is
+    /// kept from what belongs to the machine.
+    pub(super) fn of_image(vm: &'vm Vm, name: &str, tree: &Path) -> Builder<'vm> {
+        let mut builder = Builder::new(vm, name, "");
+        builder.image = Some(tree.to_owned());
+        builder.masked.clear();
+        builder
     }
 
     /// Booted by a WSL of this generation; without a word, by one that does nothing for interop.
@@ -92,21 +96,27 @@ impl<'vm> Builder<'vm> {
         self
     }
 
-    /// With this project's generator and man page installed, or without.
-    pub fn generator(mut self, installed: bool) -> Self {
-        self.generator = installed;
-        self
-    }
-
-    /// With binfmt-support in use. It is in the tree, but masked otherwise.
-    pub fn binfmt_support(mut self) -> Self {
-        self.masked.retain(|unit| unit != "binfmt-support.service");
-        self
-    }
-
     /// With a unit masked.
     pub fn masked(mut self, unit: &str) -> Self {
         self.masked.push(unit.to_owned());
+        self
+    }
+
+    /// With a unit in use that is masked otherwise.
+    pub fn unmasked(mut self, unit: &str) -> Self {
+        self.masked.retain(|masked| masked != unit);
+        self
+    }
+
+    /// With a copy of a file or a link of the machine's, or of all of them below a directory.
+    pub fn copy(mut self, from: impl AsRef<Path>, to: &str) -> Self {
+        self.copies.push((from.as_ref().to_owned(), to.to_owned()));
+        self
+    }
+
+    /// With a link that leads to `target`.
+    pub fn link(mut self, path: &str, target: &str) -> Self {
+        self.links.push((path.to_owned(), target.to_owned()));
         self
     }
 
@@ -151,7 +161,7 @@ impl<'vm> Builder<'vm> {
         let directory = PathBuf::from("/vm").join(&self.name);
         self.lay_out(&directory)
             .with_context(|| format!("laying out the distro {}", self.name))?;
-        let cgroup = self.vm.paths.cgroup.join(&self.name);
+        let cgroup = self.vm.given.cgroup.join(&self.name);
         fs::create_dir(&cgroup)?;
 
         let mut child = Command::new("/proc/self/exe")
@@ -184,7 +194,6 @@ impl<'vm> Builder<'vm> {
     }
 
     fn lay_out(&self, directory: &Path) -> anyhow::Result<()> {
-        let upper = directory.join("upper");
         for name in ["upper", "work", "root"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -193,11 +202,11 @@ impl<'vm> Builder<'vm> {
         fs::write(directory.join("generation"), self.generation.name())?;
         let tree = match &self.image {
             Some(image) => bind_image(image, directory)?,
-            None => self.vm.paths.tree(&self.suite),
+            None => self.vm.given.tree(&self.suite),
         };
         symlink(&tree, directory.join("tree"))?;
         symlink(
-            self.vm.paths.cgroup.join(&self.name),
+            self.vm.given.cgroup.join(&self.name),
             directory.join("cgroup"),
         )?;
         if self.read_only {
@@ -206,50 +215,81 @@ impl<'vm> Builder<'vm> {
         if self.init {
             symlink("/vm/init", directory.join("init"))?;
         }
-
-        let inside = |path: &str| -> anyhow::Result<PathBuf> {
-            let path = upper.join(path.trim_start_matches('/'));
-            fs::create_dir_all(path.parent().context("a file needs a directory")?)?;
-            Ok(path)
-        };
         let masked = self.masked.iter().map(String::as_str);
         let masked: Vec<_> = FORBIDDEN.into_iter().chain(masked).collect();
+        let layer = Layer {
+            tree,
+            upper: directory.join("upper"),
+        };
         if self.image.is_some() {
             fs::write(directory.join("image"), masked.join("\n"))?;
+        } else {
+            for unit in masked {
+                layer.link(&format!("/etc/systemd/system/{unit}"), "/dev/null")?;
+            }
         }
-        for unit in masked.into_iter().filter(|_| self.image.is_none()) {
-            symlink("/dev/null", inside(&format!("/etc/systemd/system/{unit}"))?)?;
+        self.fill(&layer)
+    }
+
+    /// Brings into the distro what it was built with.
+    fn fill(&self, layer: &Layer) -> anyhow::Result<()> {
+        for (from, to) in &self.copies {
+            layer
+                .copy(from, Path::new(to))
+                .with_context(|| format!("copying {} to {to}", from.display()))?;
+        }
+        for (path, target) in &self.links {
+            layer.link(path, target)?;
         }
         for (path, text) in &self.files {
-            fs::write(inside(path)?, text)?;
+            fs::write(layer.place(Path::new(path))?, text)?;
         }
         for (path, word) in &self.programs {
-            let program = inside(path)?;
+            let program = layer.place(Path::new(path))?;
             fs::copy("/vm/init", &program)?;
             let mut file = fs::OpenOptions::new().append(true).open(&program)?;
             write!(file, "\nNAME {word}")?;
         }
-        if self.generator {
-            // Debian 11 has a /lib of its own, and there its systemd looks.
-            let usr = if tree.join("lib").is_symlink() {
-                "/usr"
-            } else {
-                ""
-            };
-            let program = inside(&format!(
-                "{usr}/lib/systemd/system-generators/wsl-binfmt-generator"
-            ))?;
-            fs::copy(self.vm.paths.generator(), &program)?;
-            fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-            symlink(
-                format!("{usr}/lib/systemd/system-generators/wsl-binfmt-generator"),
-                inside("/usr/bin/wsl-binfmt")?,
-            )?;
-            let page = "wsl-binfmt-generator.8";
-            fs::copy(
-                project().join("man").join(page),
-                inside(&format!("/usr/share/man/man8/{page}"))?,
-            )?;
+        Ok(())
+    }
+}
+
+/// What a distro has of its own, over the tree that it boots from.
+struct Layer {
+    tree: PathBuf,
+    upper: PathBuf,
+}
+
+impl Layer {
+    /// Where a file is to be written, which then takes the place of any other: through the tree's
+    /// links to directories, and not over them.
+    fn place(&self, path: &Path) -> anyhow::Result<PathBuf> {
+        let name = path.file_name().context("a file needs a name")?;
+        let directory = path.parent().context("a file needs a directory")?;
+        let directory = outside(&self.upper, &resolve(&self.tree, directory)?);
+        fs::create_dir_all(&directory)?;
+        let place = directory.join(name);
+        match fs::remove_file(&place) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(place),
+        }
+    }
+
+    fn link(&self, path: &str, target: &str) -> anyhow::Result<()> {
+        Ok(symlink(target, self.place(Path::new(path))?)?)
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> anyhow::Result<()> {
+        let kind = fs::symlink_metadata(from)?.file_type();
+        if kind.is_dir() {
+            for entry in fs::read_dir(from)? {
+                let entry = entry?;
+                self.copy(&entry.path(), &to.join(entry.file_name()))?;
+            }
+        } else if kind.is_symlink() {
+            symlink(fs::read_link(from)?, self.place(to)?)?;
+        } else {
+            fs::copy(from, self.place(to)?)?;
         }
         Ok(())
     }

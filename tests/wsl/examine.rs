@@ -2,7 +2,6 @@
 //! of WSL: each occasion on which they could stop starting, with a hammer on it.
 
 use std::fs;
-use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -10,12 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::distro::{Builder, Distro};
 use super::generation::Generation;
-use super::image::{outside, resolve};
+use super::image::resolve;
 use super::vm::Vm;
-
-/// The name of the generator, and of the link to it that users call.
-const GENERATOR: &str = "wsl-binfmt-generator";
-const COMMAND: &str = "/usr/bin/wsl-binfmt";
 
 /// What is to be played.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -26,17 +21,17 @@ pub struct Case {
     /// WSL's generation, by its name, and its version.
     pub generation: String,
     pub version: String,
-    /// The package to put in.
+    /// What to put in.
     pub package: Option<Package>,
 }
 
-/// This project, to be put into an image.
+/// What is to be put into an image.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub enum Package {
     /// The directory where a Debian package's files are.
     Files(PathBuf),
-    /// The generator alone.
-    Program(PathBuf),
+    /// A generator of systemd's.
+    Generator(PathBuf),
 }
 
 /// What was seen.
@@ -115,17 +110,9 @@ pub fn play(vm: &Vm, case: &Case) -> anyhow::Result<Seen> {
         occasions: Vec::new(),
     };
     let mut notes = Vec::new();
-    if let Some(package) = &case.package {
-        put_in(package, case, Path::new("/vm/mine/upper"), &mut notes)
-            .context("putting the package in")?;
-    }
-    let mine = play.at(|| distro(vm, "mine", case)?.boot())?;
-    let registered = vm.entries();
-    let registered = registered
-        .iter()
-        .filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"))
-        .map(|name| format!("{name} ({})", flags(&vm.entry(name))))
-        .collect();
+    let mine = with_package(distro(vm, "mine", case)?, case, &mut notes)?;
+    let mine = play.at(|| mine.boot())?;
+    let registered = registered(vm, &before);
     let systemd = mine.systemctl(&["--version"]);
     let systemd = systemd.split_whitespace().nth(1).unwrap_or("unknown");
     let boot_seconds = boot_seconds(&mine);
@@ -173,8 +160,7 @@ fn distro<'vm>(vm: &'vm Vm, name: &str, case: &Case) -> anyhow::Result<Builder<'
     let generation = Generation::named(&case.generation)?;
     let version = format!("container_host_version_id={}", case.version);
     Ok(vm
-        .distro(name, "")
-        .image(&case.tree)
+        .image(name, &case.tree)
         .generation(generation)
         .environment(&["container=wsl", "container_host_id=windows", &version]))
 }
@@ -211,6 +197,16 @@ impl Play<'_> {
 fn state(distro: &Distro) -> String {
     let state = distro.systemctl(&["is-system-running"]);
     state.trim().to_owned()
+}
+
+/// The entries that were not there before, but WSL's own.
+fn registered(vm: &Vm, before: &[String]) -> Vec<String> {
+    let entries = vm.entries();
+    let new = entries
+        .iter()
+        .filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"));
+    new.map(|name| format!("{name} ({})", flags(&vm.entry(name))))
+        .collect()
 }
 
 /// An entry's interpreter and flags.
@@ -306,64 +302,48 @@ fn failed_unit(distro: &Distro, unit: &str) -> FailedUnit {
     }
 }
 
-/// Puts the package into the upper layer of a distro.
-fn put_in(
-    package: &Package,
+/// The distro with the package put in.
+fn with_package<'vm>(
+    distro: Builder<'vm>,
     case: &Case,
-    upper: &Path,
     notes: &mut Vec<String>,
-) -> anyhow::Result<()> {
-    // Through links in the image, as a package manager would, and not over them.
-    let place = |path: &Path| -> anyhow::Result<PathBuf> {
-        let path = outside(upper, &resolve(&case.tree, path)?);
-        fs::create_dir_all(path.parent().context("a file needs a directory")?)?;
-        Ok(path)
-    };
+) -> anyhow::Result<Builder<'vm>> {
     let generators = case.systemd.join("system-generators");
-    match package {
-        Package::Program(program) => {
-            let generator = generators.join(GENERATOR);
-            let copy = place(&generator)?;
-            fs::copy(program, &copy)?;
-            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
-            symlink(generator, place(Path::new(COMMAND))?)?;
+    Ok(match &case.package {
+        None => distro,
+        Some(Package::Generator(program)) => {
+            let name = program.file_name().context("a program has a name")?;
+            let generator = generators.join(name);
+            let generator = generator.to_str().context("a path that is not UTF-8")?;
+            distro.copy(program, generator)
         }
-        Package::Files(files) => {
-            for file in files_below(files)? {
-                let inside = Path::new("/").join(file.strip_prefix(files)?);
-                let copy = place(&inside)?;
-                if file.is_symlink() {
-                    symlink(fs::read_link(&file)?, copy)?;
-                } else {
-                    fs::copy(&file, copy)?;
-                }
-                let directory = inside.parent().context("a file has a directory")?;
-                if inside.ends_with(GENERATOR)
-                    && directory.ends_with("system-generators")
-                    && resolve(&case.tree, directory)? != generators
+        Some(Package::Files(files)) => {
+            for directory in directories_below(files)? {
+                let inside = Path::new("/").join(directory.strip_prefix(files)?);
+                if inside.ends_with("system-generators")
+                    && resolve(&case.tree, &inside)? != generators
                 {
                     notes.push(format!(
                         "The package has its generator in {}, and this systemd looks in {}.",
-                        directory.display(),
+                        inside.display(),
                         generators.display()
                     ));
                 }
             }
+            distro.copy(files, "/")
         }
-    }
-    Ok(())
+    })
 }
 
-/// All files and links below a directory.
-fn files_below(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
+/// All directories below one.
+fn directories_below(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut directories = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            files.extend(files_below(&entry.path())?);
-        } else {
-            files.push(entry.path());
+            directories.push(entry.path());
+            directories.extend(directories_below(&entry.path())?);
         }
     }
-    Ok(files)
+    Ok(directories)
 }

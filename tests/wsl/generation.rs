@@ -26,6 +26,7 @@ pub enum Generation {
 }
 
 impl Generation {
+    /// All of them, the oldest first.
     pub const ALL: [Generation; 5] = [
         Generation::None,
         Generation::Oneshot,
@@ -34,6 +35,7 @@ impl Generation {
         Generation::Lock,
     ];
 
+    /// Its name, for `named`.
     pub fn name(self) -> &'static str {
         match self {
             Generation::None => "none",

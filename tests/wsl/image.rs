@@ -1,30 +1,127 @@
 //! An image of a distro that somebody made, as WSL would install it: an archive or a directory.
-//!
-//! bsdtar unpacks it, as it takes many formats, attributes and labels. It is told to change its
-//! root to where it unpacks, so that no name and no link can lead outside. How much
-//! comes out of the archive is counted between two processes: one that takes the compression off,
-//! and one that makes the files.
 
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
 
-use anyhow::{bail, ensure, Context};
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::statvfs::statvfs;
+use anyhow::Context;
 
-use super::debian::require;
 use super::generation::setting;
-use super::machine::target_directory;
+use super::unpack::unpacked;
 
 /// More than this no image is taken to have.
 pub const LIMIT: u64 = 16 << 30;
-/// What is left free on the disk.
-const RESERVE: u64 = 1 << 30;
-const FILES_RESERVE: u64 = 100_000;
+
+/// Why an image cannot be tried.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is none.
+    Missing,
+    /// It is neither a file nor a directory.
+    NeitherFileNorDirectory,
+    /// It is a directory that the VM does not see, as it has a `/run` of its own.
+    InRun,
+    /// It is a file that is no tar archive.
+    NoTar,
+    /// The archive is damaged: what bsdtar says.
+    Damaged(String),
+    /// Something in the archive leads outside of where it is unpacked: what bsdtar says.
+    LeadsOutside(String),
+    /// The archive does not unpack for another reason: what bsdtar says.
+    DoesNotUnpack(String),
+    /// More than so many bytes come out of the archive.
+    TooLarge(u64),
+    /// There is no room to unpack it below this directory.
+    NoRoom(PathBuf),
+    /// A link at this path of it leads to itself.
+    Loop(PathBuf),
+    /// It has no `/sbin/init`.
+    NoInit,
+    /// It has no systemd, and this is its `/sbin/init`.
+    NoSystemd(PathBuf),
+    /// Its systemd, at this path, is no program.
+    NoProgram(PathBuf, io::Error),
+    /// Its systemd is not for this machine.
+    OtherArchitecture {
+        /// What it is for.
+        image: String,
+        /// What this machine is.
+        machine: String,
+    },
+    /// Something failed for which the image may not be to blame.
+    Other(anyhow::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Missing => write!(f, "there is no such file"),
+            Error::NeitherFileNorDirectory => write!(f, "it is neither a file nor a directory"),
+            Error::InRun => write!(
+                f,
+                "the VM does not see the machine's /run, where this directory is"
+            ),
+            Error::NoTar => write!(
+                f,
+                "it is neither a directory nor a tar archive, plain or compressed"
+            ),
+            Error::Damaged(said) => write!(f, "the archive is damaged: {said}"),
+            Error::LeadsOutside(said) | Error::DoesNotUnpack(said) => {
+                write!(f, "it does not unpack: {said}")
+            }
+            Error::TooLarge(limit) => write!(
+                f,
+                "unpacked it has more than {}, which no image of a distro has",
+                size(*limit)
+            ),
+            Error::NoRoom(directory) => write!(
+                f,
+                "there is no room to unpack it below {}",
+                directory.display()
+            ),
+            Error::Loop(path) => write!(f, "{} leads to itself", path.display()),
+            Error::NoInit => write!(
+                f,
+                "there is no /sbin/init in it, by which WSL starts systemd"
+            ),
+            Error::NoSystemd(init) => write!(
+                f,
+                "there is no systemd in it; its /sbin/init is {}",
+                init.display()
+            ),
+            Error::NoProgram(path, error) => {
+                write!(f, "{} is no program: {error}", path.display())
+            }
+            Error::OtherArchitecture { image, machine } => {
+                write!(f, "it is for {image}, and this machine is {machine}")
+            }
+            Error::Other(error) => write!(f, "{error:#}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Error {
+        Error::Other(error)
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Error {
+        Error::Other(error.into())
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes >> 30 {
+        0 => format!("{} MiB", bytes >> 20),
+        gib => format!("{gib} GiB"),
+    }
+}
 
 /// A distro's files, and what can be said of them.
 pub struct Image {
@@ -43,37 +140,37 @@ impl Image {
     /// start systemd in it.
     ///
     /// # Errors
-    /// One that says in a line why it cannot be tried.
-    pub fn open(path: &Path, limit: u64) -> anyhow::Result<Image> {
+    /// It cannot be tried.
+    pub fn open(path: &Path, limit: u64) -> Result<Image, Error> {
         let metadata = fs::metadata(path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => anyhow::anyhow!("there is no such file"),
+            ErrorKind::NotFound => Error::Missing,
             _ => error.into(),
         })?;
         let tree = if metadata.is_dir() {
             let tree = fs::canonicalize(path)?;
-            // The VM has a /run of its own.
-            ensure!(
-                !tree.starts_with("/run"),
-                "the VM does not see the machine's /run, where this directory is"
-            );
+            if tree.starts_with("/run") {
+                return Err(Error::InRun);
+            }
             tree
         } else if metadata.is_file() {
             unpacked(path, limit)?
         } else {
-            bail!("it is neither a file nor a directory");
+            return Err(Error::NeitherFileNorDirectory);
         };
         Image::of_tree(tree)
     }
 
-    fn of_tree(tree: PathBuf) -> anyhow::Result<Image> {
+    fn of_tree(tree: PathBuf) -> Result<Image, Error> {
         let systemd = find_systemd(&tree)?;
         let machine = Program::read(Path::new("/proc/self/exe"))?;
         let program = Program::read(&outside(&tree, &systemd))
-            .with_context(|| format!("{} is no program", systemd.display()))?;
-        ensure!(
-            program == machine,
-            "it is for {program}, and this machine is {machine}"
-        );
+            .map_err(|error| Error::NoProgram(systemd.clone(), error))?;
+        if program != machine {
+            return Err(Error::OtherArchitecture {
+                image: program.to_string(),
+                machine: machine.to_string(),
+            });
+        }
         let mut notes = Vec::new();
         let conf = read(&tree, "/etc/wsl.conf").unwrap_or_default();
         if !setting(&conf, "boot", "systemd").is_some_and(|v| v.eq_ignore_ascii_case("true")) {
@@ -113,13 +210,12 @@ fn read(tree: &Path, path: &str) -> Option<String> {
 }
 
 /// The file of the image's systemd, by its path in the image.
-fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
+fn find_systemd(tree: &Path) -> Result<PathBuf, Error> {
     let is_file = |path: &Path| outside(tree, path).is_file();
     let init = resolve(tree, Path::new("/sbin/init"))?;
-    ensure!(
-        is_file(&init),
-        "there is no /sbin/init in it, by which WSL starts systemd"
-    );
+    if !is_file(&init) {
+        return Err(Error::NoInit);
+    }
     if init.file_name().is_some_and(|name| name == "systemd") {
         return Ok(init);
     }
@@ -136,10 +232,7 @@ fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
             return Ok(systemd);
         }
     }
-    bail!(
-        "there is no systemd in it; its /sbin/init is {}",
-        init.display()
-    )
+    Err(Error::NoSystemd(init))
 }
 
 /// Where a path leads in a tree when all links are followed as they would be with the tree as the
@@ -147,7 +240,7 @@ fn find_systemd(tree: &Path) -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// A link leads to itself.
-pub fn resolve(tree: &Path, path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn resolve(tree: &Path, path: &Path) -> Result<PathBuf, Error> {
     let mut left: Vec<PathBuf> = parts(path);
     let mut found = PathBuf::from("/");
     let mut links = 0;
@@ -162,7 +255,9 @@ pub fn resolve(tree: &Path, path: &Path) -> anyhow::Result<PathBuf> {
             continue;
         };
         links += 1;
-        ensure!(links < 40, "{} leads to itself", path.display());
+        if links == 40 {
+            return Err(Error::Loop(path.to_owned()));
+        }
         if target.is_absolute() {
             found = PathBuf::from("/");
         }
@@ -184,7 +279,7 @@ fn parts(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The path on the machine of one in a tree.
-pub fn outside(tree: &Path, path: &Path) -> PathBuf {
+pub(super) fn outside(tree: &Path, path: &Path) -> PathBuf {
     tree.join(path.strip_prefix("/").unwrap_or(path))
 }
 
@@ -196,11 +291,11 @@ struct Program {
 }
 
 impl Program {
-    fn read(path: &Path) -> anyhow::Result<Program> {
+    fn read(path: &Path) -> io::Result<Program> {
         let mut start = [0; 20];
         File::open(path)?.read_exact(&mut start)?;
         let [0x7f, b'E', b'L', b'F', bits, order, .., low, high] = start else {
-            bail!("it is not ELF");
+            return Err(io::Error::other("it is not ELF"));
         };
         let machine = match order {
             2 => u16::from_be_bytes([low, high]),
@@ -210,8 +305,8 @@ impl Program {
     }
 }
 
-impl std::fmt::Display for Program {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bits = if self.bits == 1 { "32" } else { "64" };
         match self.machine {
             3 => write!(f, "i386"),
@@ -222,215 +317,4 @@ impl std::fmt::Display for Program {
             other => write!(f, "another processor ({bits} bits, number {other} in ELF)"),
         }
     }
-}
-
-/// Where images are unpacked: nobody but root gets at their files, some of which may be setuid.
-fn directory() -> anyhow::Result<PathBuf> {
-    let directory = target_directory()?.join("wsl-vm/images");
-    fs::create_dir_all(&directory)?;
-    fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
-    Ok(directory)
-}
-
-/// The tree of an archive, unpacked once.
-fn unpacked(archive: &Path, limit: u64) -> anyhow::Result<PathBuf> {
-    let directory = directory()?;
-    let sum = Command::new("sha256sum")
-        .stdin(File::open(archive)?)
-        .output()
-        .context("running sha256sum")?;
-    let sum = String::from_utf8(sum.stdout)?;
-    let name = sum.get(..16).context("sha256sum gave no sum")?;
-    let tree = directory.join(name);
-    let lock = File::create(directory.join(format!("{name}.lock")))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context("locking the images")?;
-    if tree.exists() {
-        return Ok(tree);
-    }
-    require("bsdtar", "libarchive-tools")?;
-    eprintln!("{}: unpacking it, once ...", archive.display());
-    let unfinished = directory.join(format!("{name}.unfinished"));
-    if unfinished.exists() {
-        fs::remove_dir_all(&unfinished)?;
-    }
-    fs::create_dir(&unfinished)?;
-    let done = unpack(archive, &unfinished, limit).and_then(|()| remove_nodes(&unfinished));
-    if let Err(error) = done {
-        fs::remove_dir_all(&unfinished)?;
-        return Err(error);
-    }
-    fs::rename(&unfinished, &tree)?;
-    Ok(tree)
-}
-
-fn unpack(archive: &Path, to: &Path, limit: u64) -> anyhow::Result<()> {
-    let quiet = |program: &str| {
-        let mut command = Command::new(program);
-        command.env("LC_ALL", "C.UTF-8").stderr(Stdio::piped());
-        command
-    };
-    let mut plain = quiet("bsdcat")
-        .stdin(File::open(archive)?)
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("running bsdcat")?;
-    let mut files = quiet("bsdtar")
-        .args(["-x", "-p", "--xattrs", "--acls", "--numeric-owner"])
-        .args(["--chroot", "-f", "-", "-C"])
-        .arg(to)
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("running bsdtar")?;
-    let listen = |stream: Option<std::process::ChildStderr>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // What came before an error is worth showing.
-            let _ = stream.map(|mut stream| stream.read_to_end(&mut bytes));
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
-    };
-    let complaints = [listen(plain.stderr.take()), listen(files.stderr.take())];
-    let from = plain.stdout.take().context("stdout")?;
-    let sink = files.stdin.take().context("stdin")?;
-    let copied = copy(from, sink, to, limit);
-    if copied.is_err() {
-        plain.kill()?;
-        files.kill()?;
-    }
-    let statuses = [plain.wait()?, files.wait()?];
-    let complaints = complaints.map(|thread| thread.join().expect("reading does not panic"));
-    let copied = copied?;
-    // If the second one has stopped reading, that is the first one's trouble, too.
-    if copied == Copied::All && !statuses[0].success() {
-        bail!("the archive is damaged: {}", first_line(&complaints[0]));
-    }
-    let serious = complaints[1].lines().filter(|line| !is_harmless(line));
-    let serious: Vec<_> = serious.collect();
-    if !statuses[1].success() && !serious.is_empty() {
-        let damaged = serious.iter().find(|line| is_damage(line));
-        match damaged {
-            Some(line) => bail!("the archive is damaged: {}", first_line(line)),
-            None => bail!("it does not unpack: {}", first_line(serious[0])),
-        }
-    }
-    Ok(())
-}
-
-/// The first thing that bsdtar or bsdcat says, without its name.
-fn first_line(text: &str) -> &str {
-    let line = text.lines().next().unwrap_or("for no reason given");
-    let line = line.trim_start_matches("bsdtar: ");
-    line.trim_start_matches("bsdcat: <stdin>: ")
-}
-
-/// What a file lacks then is of no account here, and WSL's own disk might take it.
-fn is_harmless(line: &str) -> bool {
-    let attributes = ["extended attribute", "ACL", "file flags"];
-    attributes.iter().any(|word| line.contains(word)) || line.contains("Error exit delayed")
-}
-
-fn is_damage(line: &str) -> bool {
-    let words = ["Truncated", "truncated", "Damaged", "damaged", "checksum"];
-    words.iter().any(|word| line.contains(word))
-}
-
-#[derive(PartialEq)]
-enum Copied {
-    All,
-    /// Until the reader went away.
-    Some,
-}
-
-/// Passes the archive on, as far as there is room for it.
-fn copy(
-    mut from: impl Read,
-    mut to: impl Write,
-    directory: &Path,
-    limit: u64,
-) -> anyhow::Result<Copied> {
-    let mut buffer = vec![0; 1 << 20];
-    let (mut total, mut looked) = (0, 0);
-    check_room(directory)?;
-    loop {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match from.read(&mut buffer[filled..])? {
-                0 => break,
-                more => filled += more,
-            }
-        }
-        if filled == 0 {
-            return Ok(Copied::All);
-        }
-        if total == 0 {
-            ensure!(
-                buffer.get(..512).is_some_and(is_tar_header),
-                "it is neither a directory nor a tar archive, plain or compressed"
-            );
-        }
-        total += filled as u64;
-        ensure!(
-            total <= limit,
-            "unpacked it has more than {}, which no image of a distro has",
-            size(limit)
-        );
-        if total - looked >= 64 << 20 {
-            check_room(directory)?;
-            looked = total;
-        }
-        if to.write_all(&buffer[..filled]).is_err() {
-            return Ok(Copied::Some);
-        }
-        buffer[..filled].fill(0);
-    }
-}
-
-fn size(bytes: u64) -> String {
-    match bytes >> 30 {
-        0 => format!("{} MiB", bytes >> 20),
-        gib => format!("{gib} GiB"),
-    }
-}
-
-fn check_room(directory: &Path) -> anyhow::Result<()> {
-    let disk = statvfs(directory).context("asking for the free space")?;
-    let room = disk.blocks_available().saturating_mul(disk.fragment_size());
-    // Some file systems do not count their files.
-    let files = disk.files() == 0 || disk.files_available() > FILES_RESERVE;
-    ensure!(
-        room > RESERVE && files,
-        "there is no room to unpack it below {}",
-        directory.display()
-    );
-    Ok(())
-}
-
-/// Whether a block has the checksum of a tar header. Other archives that bsdtar reads are not taken:
-/// what comes out of them would not be counted.
-fn is_tar_header(block: &[u8]) -> bool {
-    let stated = String::from_utf8_lossy(&block[148..156]);
-    let stated = stated.trim_matches([' ', '\0']);
-    let sum: u32 = block
-        .iter()
-        .enumerate()
-        .map(|(i, byte)| if (148..156).contains(&i) { b' ' } else { *byte })
-        .map(u32::from)
-        .sum();
-    u32::from_str_radix(stated, 8) == Ok(sum)
-}
-
-/// WSL's /dev is its own, and there is no other place for device nodes.
-fn remove_nodes(directory: &Path) -> anyhow::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            remove_nodes(&entry.path())?;
-        } else if kind.is_block_device() || kind.is_char_device() {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }

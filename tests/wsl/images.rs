@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -17,7 +18,7 @@ use super::debian::require;
 use super::examine::{play, Case, Package, Seen, OCCASIONS};
 use super::generation::Generation;
 use super::image::{Image, LIMIT};
-use super::machine::{succeed, target_directory, Machine};
+use super::machine::{directory, succeed, Machine, Needs};
 use super::run_stage;
 
 /// Boots images of distros as WSL would, in a simulated WSL VM, and says whether Windows programs
@@ -37,7 +38,7 @@ struct Arguments {
     /// Only under the WSL of this version, such as 2.6.3; may be given again
     #[arg(long, value_name = "VERSION")]
     wsl: Vec<String>,
-    /// Also with this package of wsl-binfmt-generator put in, or the generator alone
+    /// Also with this Debian package's files put in, or this program as a systemd generator
     #[arg(long, value_name = "DEB|BINARY")]
     with: Option<PathBuf>,
     /// Print an array of objects instead of tables
@@ -85,22 +86,28 @@ struct Wsl {
     name: String,
 }
 
-fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
-    let mut wsls = Vec::new();
-    for version in &arguments.wsl {
-        wsls.push(Wsl {
-            generation: Generation::of_version(version)?,
-            version: version.clone(),
-            name: version.clone(),
-        });
-    }
-    if wsls.is_empty() {
-        wsls.extend(Generation::ALL.map(|generation| Wsl {
+/// WSL of these versions, or of all generations.
+fn wsls(versions: &[String]) -> anyhow::Result<Vec<Wsl>> {
+    if versions.is_empty() {
+        let all = Generation::ALL.map(|generation| Wsl {
             generation,
             version: generation.a_version().to_owned(),
             name: generation.versions().to_owned(),
-        }));
+        });
+        return Ok(all.into());
     }
+    let wsl = |version: &String| {
+        Ok(Wsl {
+            generation: Generation::of_version(version)?,
+            version: version.clone(),
+            name: version.clone(),
+        })
+    };
+    versions.iter().map(wsl).collect()
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
+    let wsls = wsls(&arguments.wsl)?;
     if let Some(lack) = Machine::lacks() {
         bail!(lack);
     }
@@ -108,7 +115,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
         Some(path) => Some(open_package(path).with_context(|| path.display().to_string())?),
         None => None,
     };
-    let machine = Machine::prepare_for_images()?;
+    let machine = Machine::prepare(&Needs::default())?;
     let mut verdict = Verdict::Holds;
     let mut objects = Vec::new();
     for path in &arguments.image {
@@ -116,8 +123,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
             Ok(image) => image,
             Err(error) => {
                 // For people the line is the answer; a program gets it in its place, too.
-                eprintln!("{}: {error:#}", path.display());
-                objects.push(json!({"image": path, "error": format!("{error:#}")}));
+                eprintln!("{}: {error}", path.display());
+                objects.push(json!({"image": path, "error": error.to_string()}));
                 verdict = Verdict::CannotBeTried;
                 continue;
             }
@@ -141,11 +148,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
     Ok(verdict)
 }
 
-/// What is to be put in.
+/// What is to be put in, in a directory that is taken away at the end.
 struct Opened {
     package: Package,
-    /// Taken away at the end.
-    _scratch: Option<Scratch>,
+    _scratch: Scratch,
 }
 
 struct Scratch(PathBuf);
@@ -162,25 +168,27 @@ fn open_package(path: &Path) -> anyhow::Result<Opened> {
     File::open(path)?
         .read_exact(&mut start)
         .context("it is neither a Debian package nor a program")?;
-    if start.starts_with(b"\x7fELF") {
-        return Ok(Opened {
-            package: Package::Program(fs::canonicalize(path)?),
-            _scratch: None,
-        });
-    }
-    ensure!(
-        start == *b"!<arch>\n",
-        "it is neither a Debian package nor a program"
-    );
-    require("dpkg-deb", "dpkg")?;
-    let parent = target_directory()?.join("wsl-vm");
-    let directory = parent.join(format!("package-{}", std::process::id()));
+    let directory = directory()?.join(format!("package-{}", std::process::id()));
     fs::create_dir_all(&directory)?;
     let scratch = Scratch(directory.clone());
-    succeed(Command::new("dpkg-deb").arg("-x").args([path, &directory]))?;
+    let package = if start.starts_with(b"\x7fELF") {
+        let name = path.file_name().context("a program has a name")?;
+        let program = directory.join(name);
+        fs::copy(path, &program)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        Package::Generator(program)
+    } else {
+        ensure!(
+            start == *b"!<arch>\n",
+            "it is neither a Debian package nor a program"
+        );
+        require("dpkg-deb", "dpkg")?;
+        succeed(Command::new("dpkg-deb").arg("-x").args([path, &directory]))?;
+        Package::Files(directory)
+    };
     Ok(Opened {
-        package: Package::Files(directory),
-        _scratch: Some(scratch),
+        package,
+        _scratch: scratch,
     })
 }
 
@@ -197,14 +205,6 @@ impl Tried {
         match &self.seen {
             Ok(seen) => seen.wrong(),
             Err(error) => vec![error.clone()],
-        }
-    }
-
-    fn whose(&self) -> &'static str {
-        if self.package {
-            "with the package"
-        } else {
-            "as it is"
         }
     }
 
@@ -225,6 +225,33 @@ impl Tried {
             Err(error) => object["error"] = json!(error),
         }
         object
+    }
+}
+
+fn whose(package: bool) -> &'static str {
+    if package {
+        "with the package"
+    } else {
+        "as it is"
+    }
+}
+
+fn try_once(machine: &Machine, image: &Image, wsl: &Wsl, package: Option<Package>) -> Tried {
+    let with = package.is_some();
+    let case = Case {
+        tree: image.tree.clone(),
+        systemd: image.systemd.clone(),
+        generation: wsl.generation.name().to_owned(),
+        version: wsl.version.clone(),
+        package,
+    };
+    let seen = serde_json::to_string(&case).map_err(anyhow::Error::from);
+    let seen = seen.and_then(|case| machine.in_vm(&[&case]));
+    let seen = seen.and_then(|printed| Ok(serde_json::from_str(&printed)?));
+    Tried {
+        wsl: wsl.clone(),
+        package: with,
+        seen: seen.map_err(|error| format!("{error:#}")),
     }
 }
 
@@ -249,30 +276,16 @@ fn try_image(
     let work = || loop {
         let next = left.lock().expect("no worker panics").next();
         let Some((number, (wsl, package))) = next else {
-            return anyhow::Ok(());
-        };
-        let mut one = Tried {
-            wsl: wsl.clone(),
-            package: package.is_some(),
-            seen: Err(String::new()),
+            return;
         };
         eprintln!(
             "{}: {} of {all}, under WSL {}, {} ...",
             path.display(),
             number + 1,
             wsl.name,
-            one.whose()
+            whose(package.is_some())
         );
-        let case = serde_json::to_string(&Case {
-            tree: image.tree.clone(),
-            systemd: image.systemd.clone(),
-            generation: wsl.generation.name().to_owned(),
-            version: wsl.version.clone(),
-            package,
-        })?;
-        let seen = machine.in_vm(&[&case]);
-        let seen = seen.and_then(|printed| Ok(serde_json::from_str(&printed)?));
-        one.seen = seen.map_err(|error| format!("{error:#}"));
+        let one = try_once(machine, image, wsl, package);
         let mut tried = tried.lock().expect("no worker panics");
         tried.push((number, one));
     };
@@ -280,7 +293,7 @@ fn try_image(
         let workers = thread::available_parallelism()?.get();
         let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
         for worker in workers {
-            worker.join().expect("no worker panics")?;
+            worker.join().expect("no worker panics");
         }
         anyhow::Ok(())
     })?;
@@ -310,17 +323,7 @@ fn print_table(path: &Path, image: &Image, tried: &[Tried]) {
         .map(|name| (*name).to_owned())
         .collect::<Vec<_>>()];
     rows.extend(tried.iter().map(row));
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    for row in &rows {
-        let cells = row.iter().enumerate();
-        let cells: Vec<_> = cells
-            .map(|(column, cell)| format!("{cell:width$}", width = width(column)))
-            .collect();
-        println!("{}", cells.join("  ").trim_end());
-    }
+    print_columns(&rows);
     println!(
         "\nWhether Windows programs start after boot, a restart of systemd-binfmt, a \
          daemon-reload with\nsuch a restart, and the start and poweroff of another distro of the \
@@ -342,13 +345,27 @@ fn print_table(path: &Path, image: &Image, tried: &[Tried]) {
     }
     for tried in wrong {
         let wrong = tried.wrong().join("; ");
-        println!("WSL {}, {}: {wrong}.", tried.wsl.name, tried.whose());
+        println!("WSL {}, {}: {wrong}.", tried.wsl.name, whose(tried.package));
     }
     println!();
 }
 
+fn print_columns(rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    for row in rows {
+        let cells = row.iter().enumerate();
+        let cells: Vec<_> = cells
+            .map(|(column, cell)| format!("{cell:width$}", width = width(column)))
+            .collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
 fn row(tried: &Tried) -> Vec<String> {
-    let mut row = vec![tried.wsl.name.clone(), tried.whose().to_owned()];
+    let mut row = vec![tried.wsl.name.clone(), whose(tried.package).to_owned()];
     let Ok(seen) = &tried.seen else {
         row.push("not tried to the end".to_owned());
         return row;

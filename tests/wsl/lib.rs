@@ -1,56 +1,40 @@
-//! A simulated WSL2 VM: real systemd on a real binfmt_misc table, and nothing of the machine
-//! touched.
-//!
-//! - `machine.rs`, outside: what a VM is made of, and starting one
-//! - `cgroup.rs`: what holds a VM's processes, and ends them
-//! - `debian.rs`: the Debian trees that distros boot from
-//! - `vm.rs`, inside: the table, launching an `.exe`, the hammer
-//! - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
-//! - `stages.rs`: what a distro's first processes do before systemd runs
-//! - `generation.rs`: what WSL itself does for interop, by its version
-//! - `life.rs`: a distro's life under one of these, played and put into words
-//! - `neighbours.rs`: a distro's life beside one that has rules of the same names
-//! - `packages.rs`: real packages to install in a distro, as files
-//! - `debian_package.rs`: this project's Debian package, to be installed in a distro
-//! - `image.rs`: images that somebody made, unpacked and looked at
-//! - `examine.rs`: what becomes of Windows programs in a distro from one
-//! - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
-//! - `chroot.rs`: a Debian tree to measure programs in
-//! - `init.rs`: the stand-in for WSL's `/init`, a program of its own
-//!
-//! A VM is a user namespace with a table of its own; a distro is a set of all other namespaces
-//! in it. A process can only get there when it is started anew, so a program that uses this
-//! crate calls `run_stage` first of all: it is itself started again as the VM's process, and
-//! from there as each distro's first one.
+#![doc = include_str!("README.md")]
+#![deny(missing_docs)]
+
+// - `machine.rs`, outside: what a VM is made of, and starting one
+// - `cgroup.rs`: what holds a VM's processes, and ends them
+// - `debian.rs`: the Debian trees that distros boot from
+// - `vm.rs`, inside: the table, launching an `.exe`, the hammer
+// - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
+// - `stages.rs`: what a distro's first processes do before systemd runs
+// - `generation.rs`: what WSL itself does for interop, by its version
+// - `image.rs`, `unpack.rs`: images that somebody made, looked at and unpacked
+// - `examine.rs`: what becomes of Windows programs in a distro from one
+// - `images.rs`, `main.rs`: the program that plays that under every WSL and prints it
+// - `chroot.rs`: a Debian tree to measure programs in
+// - `init.rs`: the stand-in for WSL's `/init`, a program of its own
 
 mod cgroup;
 mod chroot;
-mod debian;
-mod debian_package;
+pub mod debian;
 mod distro;
 mod examine;
 mod generation;
-mod image;
+pub mod image;
 pub mod images;
-pub mod life;
 mod machine;
-pub mod neighbours;
-mod packages;
 mod stages;
+mod unpack;
 mod vm;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 
 pub use chroot::enter_tree;
-pub use debian::require;
-pub use debian_package::DebianPackage;
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
-pub use machine::Machine;
-pub use packages::download_packages;
+pub use machine::{directory, Lack, Machine, Needs};
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.
@@ -87,7 +71,7 @@ pub fn run_show(
         return code;
     }
     let held = match Machine::lacks() {
-        Some(lack) => Err(anyhow::anyhow!(lack)),
+        Some(lack) => Err(lack.into()),
         None => show(),
     };
     match held {
@@ -96,11 +80,6 @@ pub fn run_show(
         Err(error) => eprintln!("{error:#}"),
     }
     ExitCode::FAILURE
-}
-
-/// The project that is tested.
-pub fn project() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// mount(8) in short: `options` are the file system's own.

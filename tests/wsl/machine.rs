@@ -1,52 +1,93 @@
 //! Outside of the VM: what it is made of, and starting one. What a VM leaves behind is taken away
 //! here, however it ended.
 
+use std::fmt;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
+use serde::{Deserialize, Serialize};
 
 use super::cgroup::{self, Cgroup};
-use super::{debian, project, VM_STAGE};
+use super::{debian, VM_STAGE};
 
-/// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
-/// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
-const DISTRO: &str = "systemd,systemd-sysv,dbus,python3-minimal,binfmt-support,man-db";
+/// What every distro has.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus";
 
-/// Longer than this no scenario takes.
+/// Longer than this no VM runs.
 const VM_TIMEOUT: Duration = Duration::from_secs(900);
+
+/// What the VMs of a program are to have.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Needs<'a> {
+    /// Debian suites to boot distros from, such as `trixie`. Their trees are in `trees` in `directory`.
+    pub suites: &'a [&'a str],
+    /// Debian packages that their trees have, besides systemd and D-Bus.
+    pub packages: &'a [&'a str],
+    /// Units that are masked in distros, unless those are built with `Builder::unmasked`.
+    pub masked: &'a [&'a str],
+    /// Programs to be run outside of distros: `Vm::command`.
+    pub programs: &'a [&'a Path],
+}
+
+/// Why there can be no VM on this machine.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Lack {
+    /// Only root may start one.
+    NotRoot,
+    /// Before Linux 6.7 there is one binfmt_misc table for all. This is the kernel's release.
+    OldKernel(String),
+}
+
+impl fmt::Display for Lack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Lack::NotRoot => write!(f, "the simulated WSL VM needs root"),
+            Lack::OldKernel(release) => write!(
+                f,
+                "the simulated WSL VM needs a binfmt_misc table of its own, so Linux 6.7 or \
+                 newer; this is {release}"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Lack {}
 
 /// The machine that VMs are started on, with everything that they need in place.
 pub struct Machine {
     directory: PathBuf,
+    masked: Vec<String>,
+    programs: Vec<PathBuf>,
 }
 
 /// With this, the VM begins a line that is a request.
 pub const REQUEST: &str = "@machine ";
 
-/// Where the VM finds what the machine has made for it.
-pub struct Paths {
+/// Says what `directory` is.
+const DIRECTORY: &str = "WSL_VM_DIRECTORY";
+/// Has the rest of what a VM is given.
+const GIVEN: &str = "WSL_VM_GIVEN";
+
+/// What the machine gives to a VM.
+#[derive(Deserialize, Serialize)]
+pub struct Given {
     /// The directory of all that is made, kept between runs.
     pub directory: PathBuf,
     /// This VM's cgroup.
     pub cgroup: PathBuf,
+    pub masked: Vec<String>,
+    pub programs: Vec<PathBuf>,
 }
 
-impl Paths {
-    const DIRECTORY: &'static str = "WSL_VM_DIRECTORY";
-    const CGROUP: &'static str = "WSL_VM_CGROUP";
-
-    /// Inside the VM, the paths that it was started with.
-    pub fn of_this_vm() -> anyhow::Result<Paths> {
-        let path = |name| std::env::var_os(name).map(PathBuf::from).context(name);
-        Ok(Paths {
-            directory: path(Paths::DIRECTORY)?,
-            cgroup: path(Paths::CGROUP)?,
-        })
+impl Given {
+    pub fn to_this_vm() -> anyhow::Result<Given> {
+        Ok(serde_json::from_str(&std::env::var(GIVEN).context(GIVEN)?)?)
     }
 
     pub fn tree(&self, suite: &str) -> PathBuf {
@@ -56,28 +97,19 @@ impl Paths {
     pub fn init(&self) -> PathBuf {
         self.directory.join("init")
     }
-
-    /// The program under test: the release build, static, so that it runs in every distro.
-    pub fn generator(&self) -> PathBuf {
-        self.directory.join("wsl-binfmt-generator")
-    }
 }
 
 impl Machine {
     /// Why no VM can be had here, if so.
-    pub fn lacks() -> Option<String> {
+    pub fn lacks() -> Option<Lack> {
         if !nix::unistd::geteuid().is_root() {
-            return Some("the simulated WSL VM needs root".to_owned());
+            return Some(Lack::NotRoot);
         }
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
         match (numbers.next(), numbers.next()) {
             (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6u32, 7u32) => None,
-            _ => Some(format!(
-                "the simulated WSL VM needs a binfmt_misc table of its own, so Linux 6.7 or \
-                 newer; this is {}",
-                release.trim()
-            )),
+            _ => Some(Lack::OldKernel(release.trim().to_owned())),
         }
     }
 
@@ -90,52 +122,41 @@ impl Machine {
         let Some(lack) = Machine::lacks() else {
             return Ok(true);
         };
-        ensure!(std::env::var_os("CI").is_none(), "{lack}");
+        if std::env::var_os("CI").is_some() {
+            return Err(lack.into());
+        }
         writeln!(io::stderr(), "\n{what} NOT TESTED: {lack}\n")?;
         Ok(false)
     }
 
-    /// Makes what VMs with distros of these Debian suites need, or finds it made.
-    pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
-        let target = target_directory()?;
-        let directory = target.join("wsl-vm");
-        let paths = Paths {
-            directory: directory.clone(),
-            cgroup: PathBuf::new(),
-        };
+    /// Makes what VMs need, or finds it made.
+    pub fn prepare(needs: &Needs) -> anyhow::Result<Machine> {
+        let directory = directory()?;
         fs::create_dir_all(directory.join("root"))?;
         let trees = directory.join("trees");
+        let packages = [&[PACKAGES][..], needs.packages].concat().join(",");
+        if !needs.suites.is_empty() {
+            debian::require("mmdebstrap", "mmdebstrap")?;
+        }
         thread::scope(|scope| {
-            for program in ["mmdebstrap", "strace"] {
-                debian::require(program, program)?;
-            }
-            let making: Vec<_> = suites
+            let making: Vec<_> = needs
+                .suites
                 .iter()
-                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, DISTRO, None)))
+                .map(|suite| scope.spawn(|| debian::tree(&trees, suite, &packages, None)))
                 .collect();
-            build_generator(&target, &paths.generator())?;
-            build_init(&paths.init())?;
+            build_init(&directory.join("init"))?;
             for tree in making {
                 tree.join().expect("making a tree does not panic")?;
             }
             anyhow::Ok(())
         })?;
         cgroup::remove_those_of_the_dead()?;
-        Ok(Machine { directory })
-    }
-
-    /// Makes no more than what VMs with distros from images need.
-    pub(super) fn prepare_for_images() -> anyhow::Result<Machine> {
-        let directory = target_directory()?.join("wsl-vm");
-        fs::create_dir_all(directory.join("root"))?;
-        build_init(&directory.join("init"))?;
-        cgroup::remove_those_of_the_dead()?;
-        Ok(Machine { directory })
-    }
-
-    /// The program under test, as distros have it.
-    pub fn generator(&self) -> PathBuf {
-        self.directory.join("wsl-binfmt-generator")
+        let owned = |unit: &&str| (*unit).to_owned();
+        Ok(Machine {
+            directory,
+            masked: needs.masked.iter().map(owned).collect(),
+            programs: needs.programs.iter().map(|p| p.to_path_buf()).collect(),
+        })
     }
 
     /// The machine's own binfmt_misc table, as text.
@@ -157,11 +178,17 @@ impl Machine {
     /// what it printed; an error holds its complaints, too.
     pub fn in_vm(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let cgroup = Cgroup::new()?;
+        let given = serde_json::to_string(&Given {
+            directory: self.directory.clone(),
+            cgroup: cgroup.path.clone(),
+            masked: self.masked.clone(),
+            programs: self.programs.clone(),
+        })?;
         let mut child = Command::new("/proc/self/exe")
             .arg(VM_STAGE)
             .args(arguments)
-            .env(Paths::DIRECTORY, &self.directory)
-            .env(Paths::CGROUP, &cgroup.path)
+            .env(DIRECTORY, &self.directory)
+            .env(GIVEN, given)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -171,20 +198,7 @@ impl Machine {
         let stderr = child.stderr.take().context("stderr")?;
         let complaints = thread::spawn(move || read_all(stderr));
 
-        let started = (|| {
-            cgroup.add(&child)?;
-            let mut line = String::new();
-            stdout.read_line(&mut line)?;
-            ensure!(line == "unshared\n", "no user namespace for the VM");
-            for map in ["uid_map", "gid_map"] {
-                let path = format!("/proc/{}/{map}", child.id());
-                fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
-            }
-            let mut stdin = child.stdin.take().context("stdin")?;
-            stdin.write_all(b"mapped\n").context("telling the VM")?;
-            Ok(stdin)
-        })();
-        let (started, stdin) = match started {
+        let (started, stdin) = match map_users(&mut child, &cgroup, &mut stdout) {
             Ok(stdin) => (Ok(()), Some(stdin)),
             Err(error) => (Err(error), None),
         };
@@ -193,16 +207,7 @@ impl Machine {
         if started.is_err() {
             child.kill()?;
         }
-        let deadline = Instant::now() + VM_TIMEOUT;
-        let status = loop {
-            if let Some(status) = child.try_wait()? {
-                break Some(status);
-            }
-            if Instant::now() > deadline {
-                break None;
-            }
-            thread::sleep(Duration::from_millis(10));
-        };
+        let status = end_of(&mut child)?;
         drop(cgroup);
         let printed = printed.join().expect("reading does not panic");
         let complaints = complaints.join().expect("reading does not panic");
@@ -213,6 +218,37 @@ impl Machine {
             None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
         }
     }
+}
+
+/// Lets the VM have all users, as soon as it has a user namespace, and says so to it.
+fn map_users(
+    vm: &mut Child,
+    cgroup: &Cgroup,
+    stdout: &mut impl BufRead,
+) -> anyhow::Result<ChildStdin> {
+    cgroup.add(vm)?;
+    let mut line = String::new();
+    stdout.read_line(&mut line)?;
+    ensure!(line == "unshared\n", "no user namespace for the VM");
+    for map in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{}/{map}", vm.id());
+        fs::write(&path, "0 0 4294967295").with_context(|| format!("writing {path}"))?;
+    }
+    let mut stdin = vm.stdin.take().context("stdin")?;
+    stdin.write_all(b"mapped\n").context("telling the VM")?;
+    Ok(stdin)
+}
+
+/// Waits for a VM, but not for ever.
+fn end_of(vm: &mut Child) -> io::Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + VM_TIMEOUT;
+    while Instant::now() < deadline {
+        if let Some(status) = vm.try_wait()? {
+            return Ok(Some(status));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(None)
 }
 
 /// Reads what the VM prints, to its end. What it asks of the machine is done for it meanwhile.
@@ -243,38 +279,18 @@ fn as_machine(vm: u32, command: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// target/, which a test or an example lies two levels below, and a program one.
-pub fn target_directory() -> anyhow::Result<PathBuf> {
+/// The directory of all that is made, kept between runs: `wsl-vm` in the target directory of this
+/// program, or what `WSL_VM_DIRECTORY` says. Inside the VM it is the same.
+pub fn directory() -> anyhow::Result<PathBuf> {
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return Ok(std::path::absolute(directory)?);
+    }
+    // A test or an example lies two levels below target/, and a program one.
     let program = std::env::current_exe()?;
     let mut directories = program.ancestors().skip(1);
     let profile = directories.find(|path| !path.ends_with("deps") && !path.ends_with("examples"));
     let target = profile.and_then(Path::parent);
-    Ok(target.context("no target directory")?.to_owned())
-}
-
-/// Builds the program under test.
-fn build_generator(target: &Path, program: &Path) -> anyhow::Result<()> {
-    let version = Command::new("rustc").arg("-vV").output()?.stdout;
-    let host = String::from_utf8(version)?
-        .lines()
-        .find_map(|line| line.strip_prefix("host: ").map(str::to_owned))
-        .context("rustc does not say for what it builds")?;
-    succeed(
-        Command::new(env!("CARGO"))
-            .args(["build", "--release", "--locked", "--quiet"])
-            // Named, so that what runs while building is not built static.
-            .args(["--target", &host])
-            .arg("--manifest-path")
-            .arg(project().join("Cargo.toml"))
-            .arg("--target-dir")
-            .arg(target.join("wsl-vm/build"))
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
-    )?;
-    let built = target
-        .join("wsl-vm/build")
-        .join(host)
-        .join("release/wsl-binfmt-generator");
-    replace(&built, program)
+    Ok(target.context("no target directory")?.join("wsl-vm"))
 }
 
 /// Compiles the stand-in for WSL's /init, static, as that is.
@@ -283,18 +299,11 @@ fn build_init(program: &Path) -> anyhow::Result<()> {
     succeed(
         Command::new("rustc")
             .args(["--edition=2021", "-O", "-C", "target-feature=+crt-static"])
-            .arg(project().join("tests/wsl/init.rs"))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/init.rs"))
             .arg("-o")
             .arg(&unfinished),
     )?;
     Ok(fs::rename(unfinished, program)?)
-}
-
-/// Copies over a program that may be running.
-fn replace(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let unfinished = to.with_extension("unfinished");
-    fs::copy(from, &unfinished)?;
-    Ok(fs::rename(unfinished, to)?)
 }
 
 /// Runs a command that must succeed; its output is in the error if it does not.

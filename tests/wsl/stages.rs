@@ -45,59 +45,20 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     let root = outside("root");
     let inside = |path: &str| format!("{root}{path}");
 
-    mount("none", "/", "rprivate", "")?;
-    // userxattr: overlayfs in a user namespace could not remove or rename directories otherwise.
-    let layers = format!(
-        "lowerdir={},upperdir={},workdir={},userxattr",
-        fs::read_link(outside("tree"))?.display(),
-        outside("upper"),
-        outside("work")
-    );
-    mount("overlay", &root, "overlay", &layers)?;
-    for name in ["proc", "sys", "dev", "run"] {
-        make_directory(&inside(&format!("/{name}")))?;
-    }
-    mount("proc", &inside("/proc"), "proc", "")?;
-    mount("sysfs", &inside("/sys"), "sysfs", "")?;
+    mount_tree(directory, &root)?;
     let image = fs::read_to_string(directory.join("image")).ok();
     if image.is_some() {
         keep_from_the_machine(&root)?;
     }
     mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
-    mount("tmpfs", &inside("/dev"), "tmpfs", "mode=755")?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_STRICTATIME;
-    let run = inside("/run");
-    nix::mount::mount(Some("tmpfs"), &*run, Some("tmpfs"), flags, Some("mode=755"))
-        .with_context(|| format!("mounting {run}"))?;
-    // So that what is mounted below is seen in a second mount namespace of the distro, too.
-    for path in ["/proc", "/run"] {
-        mount("none", &inside(path), "shared", "")?;
-    }
+    mount_devices(&root)?;
+    mount_run(&root)?;
     if let Some(units) = image {
         mask(units.lines(), &inside("/run/systemd/system.control"))?;
     }
-    for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
-        let node = inside(&format!("/dev/{device}"));
-        fs::write(&node, "")?;
-        mount(&format!("/dev/{device}"), &node, "bind", "")?;
-    }
-    fs::create_dir(inside("/dev/pts"))?;
-    mount(
-        "devpts",
-        &inside("/dev/pts"),
-        "devpts",
-        "newinstance,ptmxmode=666",
-    )?;
-    symlink("pts/ptmx", inside("/dev/ptmx"))?;
-    fs::create_dir(inside("/dev/shm"))?;
-    mount("tmpfs", &inside("/dev/shm"), "tmpfs", "")?;
     mount("binfmt_misc", &inside(TABLE), "binfmt_misc", "")?;
-    mount(
-        &outside("osrelease"),
-        &inside("/proc/sys/kernel/osrelease"),
-        "bind",
-        "",
-    )?;
+    let osrelease = inside("/proc/sys/kernel/osrelease");
+    mount(&outside("osrelease"), &osrelease, "bind", "")?;
     if directory.join("init").exists() {
         make_file(&inside("/init"))?;
         mount(&outside("init"), &inside("/init"), "bind", "")?;
@@ -127,6 +88,52 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
         .stderr(console)
         .exec();
     Err(error).context("running /sbin/init")
+}
+
+/// Mounts the distro's own files, /proc and /sys.
+fn mount_tree(directory: &Path, root: &str) -> anyhow::Result<()> {
+    mount("none", "/", "rprivate", "")?;
+    // userxattr: overlayfs in a user namespace could not remove or rename directories otherwise.
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={},userxattr",
+        fs::read_link(directory.join("tree"))?.display(),
+        directory.join("upper").display(),
+        directory.join("work").display()
+    );
+    mount("overlay", root, "overlay", &layers)?;
+    for name in ["proc", "sys", "dev", "run"] {
+        make_directory(&format!("{root}/{name}"))?;
+    }
+    mount("proc", &format!("{root}/proc"), "proc", "")?;
+    mount("sysfs", &format!("{root}/sys"), "sysfs", "")
+}
+
+fn mount_devices(root: &str) -> anyhow::Result<()> {
+    let inside = |name: &str| format!("{root}/dev{name}");
+    mount("tmpfs", &inside(""), "tmpfs", "mode=755")?;
+    for device in ["null", "zero", "full", "random", "urandom", "tty", "kmsg"] {
+        let node = inside(&format!("/{device}"));
+        fs::write(&node, "")?;
+        mount(&format!("/dev/{device}"), &node, "bind", "")?;
+    }
+    fs::create_dir(inside("/pts"))?;
+    let options = "newinstance,ptmxmode=666";
+    mount("devpts", &inside("/pts"), "devpts", options)?;
+    symlink("pts/ptmx", inside("/ptmx"))?;
+    fs::create_dir(inside("/shm"))?;
+    mount("tmpfs", &inside("/shm"), "tmpfs", "")
+}
+
+fn mount_run(root: &str) -> anyhow::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_STRICTATIME;
+    let run = format!("{root}/run");
+    nix::mount::mount(Some("tmpfs"), &*run, Some("tmpfs"), flags, Some("mode=755"))
+        .with_context(|| format!("mounting {run}"))?;
+    // So that what is mounted below is seen in a second mount namespace of the distro, too.
+    for path in ["/proc", "/run"] {
+        mount("none", &format!("{root}{path}"), "shared", "")?;
+    }
+    Ok(())
 }
 
 /// Makes a directory to mount on, in place of a link or whatever else is there.

@@ -15,13 +15,11 @@ use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use super::distro::Builder;
-use super::machine::{Paths, REQUEST};
+use super::machine::{Given, REQUEST};
 use super::mount;
 
 /// The table's mount point.
 pub const TABLE: &str = "/proc/sys/fs/binfmt_misc";
-/// The program under test, by a path that shells need not quote.
-const PROGRAM: &str = "/vm/wsl-binfmt-generator";
 /// What WSL's mini_init registers once for the VM.
 pub const WSL_INTEROP: &str = ":WSLInterop:M::MZ::/init:FP";
 /// A Windows program.
@@ -29,9 +27,10 @@ const EXE: &str = "/vm/hello.exe";
 /// Another one, which rules for the extension `exe` do not take.
 const NO_EXTENSION: &str = "/vm/hello";
 
-/// The VM that this process runs in.
+/// The VM that this process runs in. It sees the machine's files where they are; in `/vm` is what it
+/// has of its own, and in `/vm/NAME/upper` what a distro has beyond its tree, also before it boots.
 pub struct Vm {
-    pub(super) paths: Paths,
+    pub(super) given: Given,
 }
 
 /// Becomes the VM's process and plays in it.
@@ -49,9 +48,9 @@ impl Vm {
     /// A root of its own, since /init cannot be put into the machine's; in it, all that the
     /// machine has.
     fn start() -> anyhow::Result<Vm> {
-        let paths = Paths::of_this_vm()?;
+        let given = Given::to_this_vm()?;
         mount("none", "/", "rprivate", "")?;
-        let root = paths.directory.join("root");
+        let root = given.directory.join("root");
         let root = root.to_str().context("a path that is not UTF-8")?;
         mount("tmpfs", root, "tmpfs", "mode=755")?;
         for entry in fs::read_dir("/")? {
@@ -74,12 +73,16 @@ impl Vm {
         nix::unistd::chroot(root)?;
         std::env::set_current_dir("/")?;
         mount("binfmt_misc", TABLE, "binfmt_misc", "")?;
-        // What the program under test writes there is not the machine's, nor another VM's.
+        // What programs write there is not the machine's, nor another VM's.
         mount("tmpfs", "/run", "tmpfs", "mode=755")?;
 
         fs::create_dir("/vm")?;
-        fs::copy(paths.init(), "/vm/init")?;
-        fs::copy(paths.generator(), PROGRAM)?;
+        fs::copy(given.init(), "/vm/init")?;
+        for program in &given.programs {
+            let name = program.file_name().context("a program has a name")?;
+            fs::copy(program, Path::new("/vm").join(name))
+                .with_context(|| format!("copying {}", program.display()))?;
+        }
         fs::write("/init", "")?;
         mount("/vm/init", "/init", "bind", "")?;
         for program in [EXE, NO_EXTENSION] {
@@ -87,30 +90,26 @@ impl Vm {
             fs::set_permissions(program, fs::Permissions::from_mode(0o755))?;
         }
 
-        let vm = Vm { paths };
+        let vm = Vm { given };
         vm.register(WSL_INTEROP)?;
         Ok(vm)
     }
 
-    /// A distro of that name, to be booted.
+    /// A distro of that name, to be booted from the tree of a Debian suite.
     pub fn distro(&self, name: &str, suite: &str) -> Builder<'_> {
         Builder::new(self, name, suite)
     }
 
-    /// The program under test.
-    pub fn generator(&self) -> Command {
-        let mut command = Command::new(PROGRAM);
-        command.env_clear();
-        command
+    /// A distro of that name, to be booted from an image's root directory.
+    pub fn image(&self, name: &str, tree: &Path) -> Builder<'_> {
+        Builder::of_image(self, name, tree)
     }
 
-    /// The same, with a fault that strace(1) puts into its system calls.
-    pub fn generator_under_strace(&self, fault: &str) -> Command {
-        let mut command = Command::new("strace");
-        command
-            .args(["--output=/dev/null", "-e", fault])
-            .arg(PROGRAM)
-            .env_clear();
+    /// One of the programs that the VM needs, in an empty environment. It is in `/vm`, which no shell
+    /// needs quoted.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(Path::new("/vm").join(program));
+        command.env_clear();
         command
     }
 
@@ -282,7 +281,9 @@ impl Hammer {
 /// How a hammer's launches went.
 #[derive(Debug, Default)]
 pub struct Launches {
+    /// Those for which WSL's `/init` was started.
     pub started: u32,
+    /// All others.
     pub failed: u32,
     /// The longest time from one launch that started to the next.
     pub longest_gap: Duration,
@@ -292,6 +293,7 @@ pub struct Launches {
 }
 
 impl Launches {
+    /// How many there were.
     pub fn all(&self) -> u32 {
         self.started + self.failed
     }

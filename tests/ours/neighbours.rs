@@ -10,10 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
+use wsl_vm::{Distro, Generation, Vm};
 
-use super::distro::Distro;
-use super::generation::Generation;
-use super::vm::Vm;
+use super::Install;
 
 /// What both have: a rule without `F`, and one with it.
 const RULES: &str = ":shared:M::SHARED::/bin/cat:\n:who:M::WHO?::/usr/local/bin/who:F\n";

@@ -12,8 +12,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Context};
 
-use super::machine::{succeed, target_directory};
-use super::vm::Vm;
+use super::succeed;
 
 /// Packages to install, and of what comes with them, those to upgrade: their scripts and triggers
 /// have to do with binary formats. Debian 13 has split qemu-user-static.
@@ -33,31 +32,19 @@ const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("arm64", "aarch64")
 };
 
-impl Vm {
-    /// Puts the packages into a distro that is yet to be booted.
-    pub fn bring_packages(&self, distro: &str, suite: &str) -> anyhow::Result<()> {
-        let inside = Path::new("/vm").join(distro).join("upper/var");
-        fs::create_dir_all(&inside)?;
-        succeed(
-            Command::new("cp")
-                .arg("-r")
-                .arg(self.paths.directory.join("packages").join(suite))
-                .arg(inside.join("packages")),
-        )
-    }
+/// Where they are for the tree of that suite.
+pub fn directory(suite: &str) -> anyhow::Result<PathBuf> {
+    Ok(wsl_vm::directory()?.join("packages").join(suite))
 }
 
 /// Downloads the packages for the trees of these suites, unless they are there.
 pub fn download_packages(suites: &[&str]) -> anyhow::Result<()> {
-    let directory = target_directory()?.join("wsl-vm");
-    suites
-        .iter()
-        .try_for_each(|suite| download(&directory, suite))
+    suites.iter().try_for_each(|suite| download(suite))
 }
 
-fn download(directory: &Path, suite: &str) -> anyhow::Result<()> {
-    let tree = directory.join("trees").join(suite);
-    let packages = directory.join("packages").join(suite);
+fn download(suite: &str) -> anyhow::Result<()> {
+    let tree = wsl_vm::directory()?.join("trees").join(suite);
+    let packages = directory(suite)?;
     let recipe = packages.join("recipe");
     let status = tree.join("var/lib/dpkg/status");
     // Another tree may have other versions of what they depend on.
@@ -89,25 +76,24 @@ fn download(directory: &Path, suite: &str) -> anyhow::Result<()> {
         ensure!(!debs(&set.join("upgrade"))?.is_empty(), "no {upgrades:?}");
     }
 
-    let foreign = packages.join("foreign");
-    fs::create_dir(&foreign)?;
+    download_foreign(&apt, &packages.join("foreign"))?;
+    fs::remove_dir_all(packages.join("apt"))?;
+    Ok(fs::write(recipe, wanted)?)
+}
+
+/// Downloads a program for another architecture.
+fn download_foreign(apt: &Apt, foreign: &Path) -> anyhow::Result<()> {
+    fs::create_dir(foreign)?;
     apt.run(
-        &foreign,
+        foreign,
         &["download", &format!("busybox-static:{}", FOREIGN.0)],
     )?;
-    let package = debs(&foreign)?.pop().context("no busybox")?;
-    succeed(
-        Command::new("dpkg-deb")
-            .arg("-x")
-            .args([&package, &foreign]),
-    )?;
+    let package = debs(foreign)?.pop().context("no busybox")?;
+    succeed(Command::new("dpkg-deb").args(["-x".as_ref(), package.as_path(), foreign]))?;
     // Debian 12's is in /bin.
     let program = ["bin", "usr/bin"].map(|bin| foreign.join(bin).join("busybox"));
     let program = program.iter().find(|p| p.exists()).context("no busybox")?;
-    fs::rename(program, foreign.join("busybox"))?;
-
-    fs::remove_dir_all(packages.join("apt"))?;
-    Ok(fs::write(recipe, wanted)?)
+    Ok(fs::rename(program, foreign.join("busybox"))?)
 }
 
 /// apt(8) of this machine, working for a tree without changing it: the tree's sources and keys,
@@ -132,11 +118,11 @@ impl Apt {
              APT::Install-Recommends \"false\";\n\
              APT::Sandbox::User \"root\";\n\
              Acquire::Languages \"none\";\n",
-            output(Command::new("dpkg").arg("--print-architecture"))?.trim(),
+            succeed(Command::new("dpkg").arg("--print-architecture"))?.trim(),
             FOREIGN.0
         );
         // The machine's way to the network, if it has one of its own.
-        let machine = output(Command::new("apt-config").arg("dump"))?;
+        let machine = succeed(Command::new("apt-config").arg("dump"))?;
         for line in machine.lines().filter(|l| l.starts_with("Acquire::http")) {
             text.extend([line, "\n"]);
         }
@@ -152,7 +138,8 @@ impl Apt {
                 .env("APT_CONFIG", &self.config)
                 .args(["-q", "-y"])
                 .args(arguments),
-        )
+        )?;
+        Ok(())
     }
 
     /// Downloads a package and all that it needs; itself also where the tree has it.
@@ -200,10 +187,4 @@ fn debs(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
         .collect();
     let is_deb = |path: &PathBuf| path.extension() == Some(OsStr::new("deb"));
     Ok(paths?.into_iter().filter(is_deb).collect())
-}
-
-fn output(command: &mut Command) -> anyhow::Result<String> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}", output.status);
-    Ok(String::from_utf8(output.stdout)?)
 }

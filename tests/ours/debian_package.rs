@@ -3,18 +3,15 @@
 //! a change.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{ensure, Context};
+use wsl_vm::debian::{require, tree};
 
-use super::debian::{require, tree};
-use super::distro::Builder;
-use super::machine::{succeed, target_directory};
-use super::project;
-use super::vm::Vm;
+use super::{project, succeed};
 
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
@@ -30,8 +27,17 @@ const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
 pub struct DebianPackage {
     /// The tree, with the sources in `/build/wsl-binfmt-generator-VERSION`.
     pub tree: PathBuf,
-    /// Holds the package and the later one.
+    /// Holds the package in `package`, its files in `files`, and a later one in `upgrade`.
     pub directory: PathBuf,
+}
+
+fn trees() -> anyhow::Result<PathBuf> {
+    Ok(wsl_vm::directory()?.join("debian"))
+}
+
+/// Where the built ones are.
+pub fn directory() -> anyhow::Result<PathBuf> {
+    Ok(trees()?.join("packages"))
 }
 
 impl DebianPackage {
@@ -40,11 +46,11 @@ impl DebianPackage {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
-        let trees = target_directory()?.join("wsl-vm/debian");
+        let trees = trees()?;
         let (foreign, _) = FOREIGN;
         let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
         let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
-        let directory = trees.join("packages");
+        let directory = directory()?;
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
         let sources = sources()?;
@@ -85,26 +91,21 @@ impl DebianPackage {
             cd "$name"
             dpkg-buildpackage --unsigned-source --unsigned-changes"#;
         self.run(unpack)?;
-        let later = r#"
+        let parts = r#"
             cd /build
-            dpkg-deb -R wsl-binfmt-generator_*.deb later
+            mkdir package upgrade
+            cp wsl-binfmt-generator_*.deb package
+            dpkg-deb -x package/*.deb files
+            dpkg-deb -R package/*.deb later
             sed -i 's/^Version: .*/&+later/' later/DEBIAN/control
-            mkdir upgrade
             dpkg-deb -b later upgrade"#;
-        self.run(later)?;
-        for (from, to) in [("build", "package"), ("build/upgrade", "upgrade")] {
-            let to = self.directory.join(to);
-            fs::create_dir(&to)?;
-            for entry in fs::read_dir(self.tree.join(from))? {
-                let entry = entry?;
-                let name = entry.file_name();
-                if name.to_string_lossy().starts_with("wsl-binfmt-generator_")
-                    && name.to_string_lossy().ends_with(".deb")
-                {
-                    fs::copy(entry.path(), to.join(name))?;
-                }
-            }
-        }
+        self.run(parts)?;
+        succeed(
+            Command::new("cp")
+                .arg("-a")
+                .args(["package", "files", "upgrade"].map(|part| build.join(part)))
+                .arg(&self.directory),
+        )?;
         Ok(())
     }
 
@@ -134,33 +135,6 @@ impl DebianPackage {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(output.status.success(), "{script}\nfailed:\n{text}");
         Ok(text)
-    }
-}
-
-impl Vm {
-    /// Puts the package into a distro that is yet to be booted, as `/var/package` and
-    /// `/var/upgrade`.
-    pub fn bring_debian_package(&self, distro: &str) -> anyhow::Result<()> {
-        let inside = Path::new("/vm").join(distro).join("upper/var");
-        fs::create_dir_all(&inside)?;
-        let packages = self.paths.directory.join("debian/packages");
-        succeed(
-            Command::new("cp")
-                .arg("-r")
-                .args(["package", "upgrade"].map(|name| packages.join(name)))
-                .arg(inside),
-        )
-    }
-
-    /// A distro that is yet to be booted, with the files of the package.
-    pub fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>> {
-        let inside = Path::new("/vm").join(distro).join("upper");
-        fs::create_dir_all(&inside)?;
-        for package in fs::read_dir(self.paths.directory.join("debian/packages/package"))? {
-            let package = package?.path();
-            succeed(Command::new("dpkg-deb").arg("-x").args([&package, &inside]))?;
-        }
-        Ok(self.distro(distro, "trixie"))
     }
 }
 

@@ -4,10 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context};
+use wsl_vm::{Builder, Distro, Generation, Launches, Vm};
 
-use super::distro::{Builder, Distro};
-use super::generation::Generation;
-use super::vm::{Launches, Vm};
+use super::Install;
 
 /// A rule of the distro's own, as qemu's are: with `F`.
 const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
