@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{ensure, Context};
 use wsl_vm::{Machine, Needs};
 
+use ours::extent;
 use shell::{have_programs, scratch, sh};
 
 /// How each is made in an empty directory, and what is said of it, after its name.
@@ -68,7 +69,7 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
     let Some(_lock) = can_be_tried()? else {
         return Ok(());
     };
-    let suites = ["bullseye", "forky"];
+    let suites = extent::of(&["bullseye", "bookworm", "trixie", "forky"]);
     Machine::prepare(&Needs {
         suites: &suites,
         packages: ours::PACKAGES,

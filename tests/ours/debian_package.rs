@@ -5,7 +5,6 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{ensure, Context};
@@ -43,8 +42,7 @@ pub fn directory() -> anyhow::Result<PathBuf> {
 impl DebianPackage {
     /// Builds it, or finds it built.
     pub fn built() -> anyhow::Result<DebianPackage> {
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _lock = ONE_AT_A_TIME.lock();
+        let _lock = wsl_vm::lock()?;
         require("mmdebstrap", "mmdebstrap")?;
         let trees = trees()?;
         let (foreign, _) = FOREIGN;

@@ -39,6 +39,7 @@ pub fn directory(suite: &str) -> anyhow::Result<PathBuf> {
 
 /// Downloads the packages for the trees of these suites, unless they are there.
 pub fn download_packages(suites: &[&str]) -> anyhow::Result<()> {
+    let _lock = wsl_vm::lock()?;
     suites.iter().try_for_each(|suite| download(suite))
 }
 

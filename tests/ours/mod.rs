@@ -3,6 +3,7 @@
 
 pub mod debian_package;
 pub mod downloads;
+pub mod extent;
 pub mod life;
 pub mod neighbours;
 
@@ -146,8 +147,8 @@ fn build(program: &Path) -> anyhow::Result<()> {
             .arg(&target)
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
-    // It may be running.
-    let unfinished = program.with_extension("unfinished");
+    // It may be running, and others may be at the same.
+    let unfinished = program.with_extension(std::process::id().to_string());
     fs::copy(target.join(host).join("release").join(NAME), &unfinished)?;
     Ok(fs::rename(unfinished, program)?)
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::Vm;
 
-use crate::ours::{Install, Run};
+use crate::ours::{extent, Install, Run};
 use crate::stand_in::{alone, served};
 use crate::strace::{self, Fault};
 use crate::verbs::Test;
@@ -30,6 +30,14 @@ const COPY: &str = "/run/systemd/system/systemd-binfmt.service.d/10-wsl-interop.
 const LOG: &str = "/vm/strace";
 
 pub const FAULTS: &[Test] = &[
+    ("faults: restore --watch, 1 of 8", |vm| watch(vm, 0)),
+    ("faults: restore --watch, 2 of 8", |vm| watch(vm, 1)),
+    ("faults: restore --watch, 3 of 8", |vm| watch(vm, 2)),
+    ("faults: restore --watch, 4 of 8", |vm| watch(vm, 3)),
+    ("faults: restore --watch, 5 of 8", |vm| watch(vm, 4)),
+    ("faults: restore --watch, 6 of 8", |vm| watch(vm, 5)),
+    ("faults: restore --watch, 7 of 8", |vm| watch(vm, 6)),
+    ("faults: restore --watch, 8 of 8", |vm| watch(vm, 7)),
     ("faults: restore, of a missing entry", |vm| {
         each(vm, &["restore"], &table(&[]), |_, _| Ok(()))
     }),
@@ -123,10 +131,6 @@ pub const FAULTS: &[Test] = &[
             })
         },
     ),
-    ("faults: restore --watch, 1 of 4", |vm| watch(vm, 0)),
-    ("faults: restore --watch, 2 of 4", |vm| watch(vm, 1)),
-    ("faults: restore --watch, 3 of 4", |vm| watch(vm, 2)),
-    ("faults: restore --watch, 4 of 4", |vm| watch(vm, 3)),
     ("faults: status of a distro without the entry", status),
 ];
 
@@ -377,7 +381,7 @@ fn watch(vm: &Vm, part: usize) -> anyhow::Result<()> {
     let faults = strace::faults_of(&fs::read_to_string(LOG)?);
     ensure!(faults.len() > 20);
     // Each waits until nobody writes any more, so all of them in one would keep the others waiting.
-    let faults: Vec<_> = faults.into_iter().skip(part).step_by(4).collect();
+    let faults = extent::sample(faults.into_iter().skip(part).step_by(8).collect());
     let tried = strace::try_all(&faults, [vm], |vm, fault| {
         vm.renew_interop()?;
         let _ = fs::remove_dir_all(STATE);

@@ -1,6 +1,6 @@
 //! What this project promises, played on real systemd in the simulated WSL VM. Every scenario
 //! is played twice on each Debian: stock, which is the control, and with our generator installed.
-//! What is seen is compared line by line.
+//! What is seen is compared line by line. How much of it is played, `ours/extent.rs` says.
 
 mod by_hand;
 mod debian_package;
@@ -31,7 +31,8 @@ mod verbs;
 mod watch;
 
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
+use std::thread;
 
 use anyhow::{bail, ensure, Context};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -39,6 +40,7 @@ use wsl_vm::{Machine, Vm};
 
 use ours::debian_package::DebianPackage;
 use ours::downloads::download_packages;
+use ours::extent;
 use promises::{Expect, Scenario, Setting};
 use verbs::Test;
 
@@ -58,8 +60,10 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (soft_spots::SOFT_REBOOT, &["trixie", "forky"]),
 ];
 
-/// Tests in a VM, in which they boot distros or none.
+/// Tests in a VM, in which they boot distros or none. The longest come first.
 const TESTS: &[&[Test]] = &[
+    faults::FAULTS,
+    races::RACES,
     verbs::VERBS,
     order::ORDER,
     watch::WATCH,
@@ -67,15 +71,19 @@ const TESTS: &[&[Test]] = &[
     own_rules::OWN_RULES,
     others::OTHERS,
     by_hand::BY_HAND,
-    races::RACES,
     security::SECURITY,
     status::STATUS,
-    faults::FAULTS,
     neighbours::NEIGHBOURS,
 ];
 
 /// Tests that need the Debian package.
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
+
+/// Those that measure time, or make the machine busy.
+const ALONE: &[&str] = &[
+    "status: as quick as it can be",
+    "status: says the same on a busy machine",
+];
 
 /// Builds the Debian package, which takes a minute, for the first test that needs it.
 fn package_is_built() -> anyhow::Result<()> {
@@ -88,11 +96,14 @@ fn package_is_built() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static [&'static str])> {
-    let of_a_list = |&(scenarios, suites): &(&'static [Scenario], _)| {
-        scenarios.iter().map(move |scenario| (scenario, suites))
-    };
-    SCENARIOS.iter().flat_map(of_a_list)
+/// Each scenario on each suite.
+fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static str)> {
+    SCENARIOS.iter().flat_map(|(scenarios, suites)| {
+        scenarios.iter().flat_map(|scenario| {
+            let suites = extent::of(suites).into_iter();
+            suites.map(move |suite| (scenario, suite))
+        })
+    })
 }
 
 /// Plays inside the VM: prints what is seen, a line each.
@@ -105,8 +116,7 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
             test.context("no such test")?.1(vm)
         }
         [name, suite, whose] => {
-            let scenario =
-                scenarios().find(|(s, suites)| s.name == name && suites.contains(&suite));
+            let scenario = scenarios().find(|(scenario, on)| scenario.name == name && *on == suite);
             let play = scenario.context("no such scenario")?.0.play;
             let ours = whose == "ours";
             for line in play(&Setting { vm, suite, ours })? {
@@ -137,27 +147,35 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
 
 /// All tests: the arguments for `play`, and what to make of the answer.
 fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
+    static QUIET: RwLock<()> = RwLock::new(());
     let mut trials = Vec::new();
     let mut add = |name: String, check: Check| {
-        let run = move || match machine {
-            Some(machine) => check(machine).map_err(|e| Failed::from(format!("{e:#}"))),
-            None => Err("there is no VM to play in".into()),
+        let alone = ALONE.contains(&&*name);
+        let run = move || {
+            let machine = machine.ok_or("there is no VM to play in")?;
+            // Those that failed have nothing to do with it.
+            let checked = if alone {
+                let _quiet = QUIET.write().unwrap_or_else(PoisonError::into_inner);
+                check(machine)
+            } else {
+                let _beside_others = QUIET.read().unwrap_or_else(PoisonError::into_inner);
+                check(machine)
+            };
+            checked.map_err(|error| Failed::from(format!("{error:#}")))
         };
         trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
     };
-    for (scenario, suites) in scenarios() {
-        for suite in suites {
-            for (whose, ours) in [("stock", false), ("ours", true)] {
-                add(
-                    format!("{}: {suite}, {whose}", scenario.name),
-                    Box::new(move |machine| check(machine, scenario, suite, ours)),
-                );
-            }
-        }
-    }
     for (name, _) in TESTS.iter().copied().flatten() {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
+    }
+    for (scenario, suite) in scenarios() {
+        for (whose, ours) in [("stock", false), ("ours", true)] {
+            add(
+                format!("{}: {suite}, {whose}", scenario.name),
+                Box::new(move |machine| check(machine, scenario, suite, ours)),
+            );
+        }
     }
     for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
         let check = |machine: &Machine| {
@@ -166,7 +184,11 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         };
         add((*name).to_owned(), Box::new(check));
     }
-    trials
+    let all = trials.len();
+    let numbered = trials.into_iter().enumerate();
+    numbered
+        .map(|(at, trial)| trial.with_kind(format!("{} of {all}", at + 1)))
+        .collect()
 }
 
 type Check = Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>;
@@ -176,7 +198,7 @@ fn main() -> ExitCode {
     if let Some(code) = wsl_vm::run_stage(play) {
         return code;
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
     if arguments.list {
         return libtest_mimic::run(&arguments, trials(None)).exit_code();
     }
@@ -187,8 +209,9 @@ fn main() -> ExitCode {
         }
         return libtest_mimic::run(&arguments, trials(None)).exit_code();
     }
-    let prepared = ours::prepare(SUITES).and_then(|machine| {
-        download_packages(packages::SUITES)?;
+    eprintln!("\n{}", extent::in_words());
+    let prepared = ours::prepare(&extent::of(SUITES)).and_then(|machine| {
+        download_packages(&extent::of(packages::SUITES))?;
         wsl_vm::debian::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
     });
@@ -199,6 +222,9 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // Half of the time systemd, or a test, waits for something.
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    arguments.test_threads.get_or_insert(2 * processors);
     let before = Machine::table();
     let conclusion = libtest_mimic::run(&arguments, trials(Some(machine)));
     match (before, Machine::table()) {

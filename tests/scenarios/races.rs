@@ -10,19 +10,18 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use wsl_vm::{Distro, Vm, WSL_INTEROP};
 
+use crate::ours::extent::rounds;
 use crate::ours::{Install, Run};
 use crate::promises::state;
 use crate::verbs::Test;
 
-const ROUNDS: u32 = 1000;
-
 pub const RACES: &[Test] = &[
     (
-        "two distros and two programs restore a lost entry at once, 1,000 times",
+        "races: two distros and two programs restore a lost entry at once",
         |vm| {
             let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
             let mut racers = Racers::of(vm, &[&mine, &peer])?;
-            for round in 0..ROUNDS {
+            for round in 0..rounds() {
                 vm.write("WSLInterop", "-1")?;
                 racers.start()?;
                 // A peer that does not know of our lock may register it, too: sooner or later.
@@ -43,12 +42,12 @@ pub const RACES: &[Test] = &[
         },
     ),
     (
-        "two distros and two programs restore flags and order at once, 1,000 times",
+        "races: two distros and two programs restore flags and order at once",
         |vm| {
             let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
             let mut racers = Racers::of(vm, &[&mine, &peer])?;
             let hammer = vm.hammer();
-            for round in 0..ROUNDS {
+            for round in 0..rounds() {
                 // The hammer's program is not called so: only a missing entry keeps it from
                 // starting.
                 let rival = if round % 2 == 0 { "rival" } else { "" };
@@ -72,7 +71,7 @@ pub const RACES: &[Test] = &[
         },
     ),
     (
-        "systemd-binfmt restarts 500 times while interop is restored 500 times",
+        "races: systemd-binfmt restarts while interop is restored",
         |vm| {
             let (mine, peer) = (in_the_way(vm, "mine")?, in_the_way(vm, "peer")?);
             vm.renew_interop()?;
@@ -82,7 +81,7 @@ pub const RACES: &[Test] = &[
             let mut restarts = Racers::start_up(vec![restart(&mine), restart(&peer)])?;
             let mut restores = Racers::of(vm, &[])?;
             let hammer = vm.hammer();
-            for round in 0..ROUNDS / 4 {
+            for round in 0..rounds() / 4 {
                 lose_flags(vm)?;
                 restarts.start()?;
                 restores.start()?;
@@ -111,11 +110,11 @@ pub const RACES: &[Test] = &[
             Ok(())
         },
     ),
-    ("four guards at once mount once, 1,000 times", |vm| {
+    ("races: four guards at once mount once", |vm| {
         let program = vm.generator().get_program().to_string_lossy().into_owned();
         let guard = || in_vm(&format!("{program} guard 2>&1"));
         let mut racers = Racers::start_up((0..4).map(|_| guard()).collect())?;
-        for round in 0..ROUNDS {
+        for round in 0..rounds() {
             racers.start()?;
             racers.finish()?;
             let mounts = vm.mounts_on(STATUS)?;
@@ -124,9 +123,9 @@ pub const RACES: &[Test] = &[
         }
         Ok(())
     }),
-    ("guard and WSL's lock at once, 1,000 times", |vm| {
+    ("races: guard and WSL's lock at once", |vm| {
         let mine = vm.distro("mine", "trixie").generator(true).boot()?;
-        let counted = mine.run(GUARD_AND_LOCK);
+        let counted = mine.run(&GUARD_AND_LOCK.replace("ROUNDS", &rounds().to_string()));
         let counts: Vec<(u32, &str)> = counted
             .lines()
             .filter_map(|line| line.trim().split_once(' '))
@@ -145,12 +144,12 @@ pub const RACES: &[Test] = &[
                 && counts.iter().all(|(_, what)| expected.contains(what)),
             "{counted}"
         );
-        let rounds: u32 = counts
+        let all: u32 = counts
             .iter()
             .filter(|(_, what)| what.contains("mount"))
             .map(|(count, _)| count)
             .sum();
-        ensure!(rounds == ROUNDS, "{counted}");
+        ensure!(all == rounds(), "{counted}");
         let state = state(&mine);
         ensure!(state == RUNNING, "{state}");
         one_entry(vm, "python3.13")
@@ -167,7 +166,7 @@ const GUARD_AND_LOCK: &str = r#"
         mount --bind /run/wsl/binfmt-status-lock $status
         mount -o remount,bind,ro $status
     }
-    for round in $(seq 1000); do
+    for round in $(seq ROUNDS); do
         while umount $status 2>/dev/null; do :; done
         case $((round % 10)) in
         0) order="lock, then guard"; lock; wsl-binfmt guard || echo failed ;;

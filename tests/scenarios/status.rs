@@ -13,7 +13,7 @@ use anyhow::{ensure, Context};
 use serde_json::Value;
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
-use crate::ours::{project, Install, Run};
+use crate::ours::{extent, project, Install, Run};
 use crate::promises::RULE;
 use crate::verbs::Test;
 
@@ -223,7 +223,7 @@ pub const STATUS: &[Test] = &[
         "status: healthy on each systemd, and under each WSL",
         |vm| {
             examine(&distro(vm, "trixie").boot()?, "healthy", SOCKET)?;
-            for suite in ["bullseye", "bookworm", "forky"] {
+            for suite in extent::of(&["bullseye", "bookworm", "forky"]) {
                 let said = look(&named(vm, suite, suite).boot()?, SOCKET, "");
                 let differs = what_differs(&said)?;
                 ensure!(differs.lines().count() == 1, "{suite}: {said}");
@@ -625,8 +625,7 @@ pub const STATUS: &[Test] = &[
     }),
     ("status: says the same on a busy machine", |vm| {
         let distro = distro(vm, "trixie").boot()?;
-        let rounds = std::env::var("WSL_ROUNDS").unwrap_or("20".to_owned());
-        let rounds: u32 = rounds.parse().context("WSL_ROUNDS")?;
+        let rounds = extent::rounds() / 10;
         let idle = look(&distro, SOCKET, "");
         ensure!(idle.ends_with("exit status 0\n"), "{idle}");
         let busy = (0..8).map(|_| {

@@ -34,7 +34,7 @@ use anyhow::Context;
 pub use chroot::enter_tree;
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
-pub use machine::{directory, Lack, Machine, Needs};
+pub use machine::{directory, lock, Lack, Machine, Needs};
 pub use vm::{Hammer, Launches, Vm, WSL_INTEROP};
 
 /// A program that stands for this part of the VM, by its first argument.

@@ -2,7 +2,7 @@
 //! here, however it ended.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::{self, Cgroup};
@@ -133,6 +134,7 @@ impl Machine {
     pub fn prepare(needs: &Needs) -> anyhow::Result<Machine> {
         let directory = directory()?;
         fs::create_dir_all(directory.join("root"))?;
+        let _lock = lock()?;
         let trees = directory.join("trees");
         let packages = [&[PACKAGES][..], needs.packages].concat().join(",");
         if !needs.suites.is_empty() {
@@ -291,6 +293,25 @@ pub fn directory() -> anyhow::Result<PathBuf> {
     let profile = directories.find(|path| !path.ends_with("deps") && !path.ends_with("examples"));
     let target = profile.and_then(Path::parent);
     Ok(target.context("no target directory")?.join("wsl-vm"))
+}
+
+/// Keeps other programs from making what is in `directory` while it is held.
+///
+/// # Errors
+/// There is no such directory, and none can be made.
+pub fn lock() -> anyhow::Result<Flock<File>> {
+    let directory = directory()?;
+    fs::create_dir_all(&directory)?;
+    let file = File::create(directory.join("lock"))?;
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => return Ok(lock),
+        Err((file, _)) => file,
+    };
+    let directory = directory.display();
+    eprintln!("waiting until another program has made what it needs in {directory} ...");
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .with_context(|| format!("locking {directory}"))
 }
 
 /// Compiles the stand-in for WSL's /init, static, as that is.

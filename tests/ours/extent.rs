@@ -1,0 +1,41 @@
+//! How much is played: all of it where `WSL_TESTS=all` is set, as CI does; and otherwise what a
+//! contributor can wait for, which is every test, but not on every systemd, nor a thousand times.
+
+/// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
+const USUAL: [&str; 2] = ["bullseye", "trixie"];
+
+fn is_all() -> bool {
+    std::env::var_os("WSL_TESTS").is_some_and(|extent| extent == "all")
+}
+
+/// Which of these Debian suites distros are booted from.
+pub fn of(suites: &[&'static str]) -> Vec<&'static str> {
+    let mut suites = suites.to_vec();
+    suites.retain(|suite| is_all() || USUAL.contains(suite));
+    suites
+}
+
+/// How often a race is run.
+pub fn rounds() -> u32 {
+    if is_all() {
+        1000
+    } else {
+        100
+    }
+}
+
+/// How many of these are tried.
+pub fn sample<T>(of: Vec<T>) -> Vec<T> {
+    let every = if is_all() { 1 } else { 4 };
+    of.into_iter().step_by(every).collect()
+}
+
+/// The extent in words, for whoever waits.
+pub fn in_words() -> &'static str {
+    if is_all() {
+        "WSL_TESTS=all: systemd 247, 252, 257 and 262, races 1,000 times, every fault of the watcher"
+    } else {
+        "systemd 247 and 257, races 100 times, every fourth fault of the watcher; \
+         WSL_TESTS=all plays on 252 and 262, too, races 1,000 times, and tries every fault"
+    }
+}
