@@ -45,7 +45,7 @@ pub fn fault(entry: &Entry) -> Option<String> {
     if entry.interpreter != wanted.interpreter {
         Some(format!("runs {}, not {INIT}", entry.interpreter))
     } else if entry.pattern != wanted.pattern {
-        Some("is not for the magic MZ".to_owned())
+        Some("has a pattern other than the magic MZ".to_owned())
     } else if !entry.enabled {
         Some("is disabled".to_owned())
     } else {

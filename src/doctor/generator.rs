@@ -1,4 +1,4 @@
-//! The generator itself: whether systemd finds it and runs it, and whether it has.
+//! The generator itself: whether systemd finds and runs it, and whether its output is current.
 
 use camino::Utf8Path;
 
@@ -10,13 +10,13 @@ use crate::units;
 
 const CHECK: &str = "generator";
 
-/// Judges the file that counts, and what it has written.
+/// Judges the file that systemd runs, and its output.
 pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
     let bad = |state, found: String, command: String| {
         Finding::new(CHECK, state, found).by_root(format!("{command}systemctl daemon-reload"))
     };
     let unprotected = |found, command| vec![bad(State::Unprotected, found, command)];
-    // systemd passes over what is not executable, and takes the next one.
+    // systemd skips a file that is not executable, and takes the next one.
     let all = &files.generators;
     let used = all
         .iter()
@@ -28,23 +28,23 @@ pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
                 format!("chmod 755 {} && ", word(path)),
             ),
             None => {
-                // A copy, since a link could lead to where somebody else may write.
+                // A copy, as a link could point to a place where others may write.
                 let ([_, etc, ..], name) = (GENERATORS, env!("CARGO_PKG_NAME"));
                 let install = format!("install -D -m 755 {}", word(&files.executable));
-                let found = "not installed where systemd looks for it".to_owned();
+                let found = "not installed where systemd looks for generators".to_owned();
                 unprotected(found, format!("{install} {etc}/{name} && "))
             }
         };
     };
     if *fate == Fate::Masks {
         return unprotected(
-            format!("switched off by {path}"),
+            format!("masked by {path}"),
             format!("rm {} && ", word(path)),
         );
     }
     let mut findings = Vec::new();
     if *fate == Fate::WritableByAll {
-        let found = format!("everybody can write to {path}, and systemd runs it as root");
+        let found = format!("anybody can write to {path}, which systemd runs as root");
         findings.push(bad(
             State::Unprotected,
             found,
@@ -52,14 +52,14 @@ pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
         ));
     }
     if let Some((other, ..)) = used.and_then(|used| all.get(used + 1)) {
-        let found = format!("{path} is used in place of {other}, which upgrades would renew");
+        let found = format!("{path} is used instead of {other}, so upgrading that has no effect");
         findings.push(bad(
             State::Degraded,
             found,
             format!("rm {} && ", word(path)),
         ));
     } else if let Some(stale) = stale(files, plan, real) {
-        let found = format!("{path} has not written as it would now: {stale}");
+        let found = format!("the output of {path} is out of date: {stale}");
         findings.extend(unprotected(found, String::new()));
     }
     if findings.is_empty() {
@@ -68,8 +68,8 @@ pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
     findings
 }
 
-/// What is not there, or not as it would be written now: by a generator that was installed or
-/// upgraded since, or with another wsl.conf.
+/// The outputs that are missing or out of date, as the generator has since been installed or
+/// upgraded, or wsl.conf changed.
 fn stale(files: &Files, plan: &Plan, exe: &Utf8Path) -> Option<String> {
     let stale = plan.outputs.iter().filter_map(|output| {
         let (path, text) = match output {
