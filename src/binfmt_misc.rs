@@ -89,13 +89,13 @@ impl Entry {
         let enabled = match lines.next() {
             Some("enabled") => true,
             Some("disabled") => false,
-            other => return Err(anyhow!("neither enabled nor disabled, but {other:?}")),
+            other => return Err(anyhow!("expected enabled or disabled, found {other:?}")),
         };
         let mut field = |name: &str| {
             lines
                 .next()
                 .and_then(|line| line.strip_prefix(name))
-                .ok_or_else(|| anyhow!("no '{name}' line where one belongs"))
+                .ok_or_else(|| anyhow!("expected a '{name}' line"))
         };
         let interpreter = field("interpreter ")?.to_owned();
         let flags = field("flags:")?.trim().to_owned();
@@ -240,7 +240,7 @@ fn magic(text: &str) -> anyhow::Result<Pattern> {
             },
         })
     })();
-    pattern.ok_or_else(|| anyhow!("neither an extension nor a magic"))
+    pattern.ok_or_else(|| anyhow!("no valid extension or magic"))
 }
 
 /// The mounted table.
@@ -453,7 +453,7 @@ impl Table {
     ) -> anyhow::Result<u64> {
         let rule = entry.rule(stand_in);
         if !fits(stand_in, &rule) {
-            bail!("its rule is too long to be registered once more");
+            bail!("its rule is too long to be registered under a second name");
         }
         self.unregister(stand_in)?;
         self.register(&rule)?;
@@ -466,7 +466,7 @@ impl Table {
 
     fn file_of(&self, name: &str) -> anyhow::Result<Utf8PathBuf> {
         if !is_name(name) {
-            bail!("{name:?} is not the name of an entry");
+            bail!("{name:?} is not a valid entry name");
         }
         Ok(self.directory.join(name))
     }

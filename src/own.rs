@@ -208,7 +208,7 @@ impl Record {
             Ok(None) => {
                 let directory = host.path(&format!("{STATE}/{}", self.unit.name()));
                 return vec![anyhow!(
-                    "{directory}: not there, as if the unit did not run"
+                    "{directory}: missing, as if the unit were not running"
                 )];
             }
             Err(error) => return vec![error],

@@ -28,7 +28,7 @@ pub fn cover(host: &Host, table: &Table) -> anyhow::Result<Option<String>> {
     stand_in(host, table, &entries)?;
     let who = rivals.unwrap_or("nobody".to_owned());
     Ok(Some(format!(
-        "Windows programs went to {who}, now to {STAND_IN} until all is quiet"
+        "Windows programs went to {who}; {STAND_IN} takes them until the table is quiet"
     )))
 }
 
@@ -46,7 +46,7 @@ fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()
 fn require_init(host: &Host) -> anyhow::Result<()> {
     if !machine::has_init(host) {
         let init = host.path(INIT);
-        bail!("{init}: no executable file that is mounted, so this is no WSL2 distro");
+        bail!("{init}: not an executable file that WSL has mounted, so this is not a WSL2 distro");
     }
     Ok(())
 }
@@ -141,10 +141,10 @@ fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     }
     entries.retain(|listed| listed.name != STAND_IN);
     if interop::needs_stand_in(&entries) {
-        bail!("{NAME} went again at once, so {STAND_IN} stays");
+        bail!("{NAME} was removed again at once, so {STAND_IN} stays");
     }
     table.unregister(STAND_IN)?;
-    let deed = format!("removed {STAND_IN}, which {NAME} makes superfluous");
+    let deed = format!("removed {STAND_IN}, no longer needed beside {NAME}");
     settled.deeds.push(deed);
     Ok(())
 }
@@ -156,7 +156,7 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
         Some(entry) => {
             if let Some(fault) = interop::fault(entry) {
                 table.unregister(STAND_IN)?;
-                bail!("{NAME} {fault}: somebody made it so, left alone");
+                bail!("{NAME} {fault}: somebody changed it, leaving it alone");
             }
             let rivals = interop::rivals_ahead(&entries);
             let lost = !interop::has_flags(entry);
@@ -165,7 +165,7 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
                 table.unregister(NAME)?;
                 table.register(&interop::wanted().rule(NAME))?;
                 settled.deeds.push(match lost {
-                    true => format!("{NAME} had the flags '{}', registered it anew", entry.flags),
+                    true => format!("{NAME} had flags '{}', registered it again", entry.flags),
                     false => format!(
                         "{} took Windows programs, put {NAME} first",
                         rivals.join(", ")
@@ -187,11 +187,11 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
     }
     let standing = table.read(NAME)?;
     if !standing.is_some_and(|e| interop::fault(&e).is_none() && interop::has_flags(&e)) {
-        bail!("{NAME}: registered, but not as it was when read back");
+        bail!("{NAME}: registered, but reads back differently");
     }
     if table.read(LATE)?.is_some_and(|e| e.interpreter == INIT) {
         table.unregister(LATE)?;
-        let deed = format!("removed {LATE}, which {NAME} makes superfluous");
+        let deed = format!("removed {LATE}, not needed beside {NAME}");
         settled.deeds.push(deed);
     }
     Ok(())
@@ -208,7 +208,7 @@ fn finish(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
             table.register(&left.entry.rule(name))?;
         }
         table.unregister(&left.name)?;
-        let deed = format!("removed {}, which {name} makes superfluous", left.name);
+        let deed = format!("removed {}, no longer needed beside {name}", left.name);
         settled.deeds.push(deed);
     }
     Ok(())
@@ -263,7 +263,9 @@ pub fn note_interop(host: &Host, table: &Table) -> anyhow::Result<()> {
     let inode = table.inode(NAME)?.unwrap_or_default().to_string();
     match host.text(INTEROP) == inode {
         true => Ok(()),
-        false => host.write(INTEROP, &inode).context("noting the entry"),
+        false => host
+            .write(INTEROP, &inode)
+            .context("recording the entry's inode"),
     }
 }
 

@@ -31,7 +31,7 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
             error => Err(io::Error::from(error)),
         })
         .with_context(|| {
-            format!("opening {directory}, which must be a directory and no link to one")
+            format!("opening {directory}, which must be a real directory, not a link")
         })?;
     let mut errors = Vec::new();
     let mut written = Vec::new();

@@ -58,13 +58,13 @@ impl Verdict {
     pub fn reason(&self) -> &'static str {
         match self {
             Verdict::Wsl2 => "this is a WSL2 distro",
-            Verdict::UserManager => "this is the manager of one user",
+            Verdict::UserManager => "this is a user manager",
             Verdict::Initrd => "this is the initrd",
             Verdict::NotWsl => "this is not WSL",
             Verdict::Wsl1 => "this is WSL1, which neither runs systemd nor shares its table",
             Verdict::Container => "this is a container on WSL's kernel",
             Verdict::NoInit => {
-                "this is WSL2's kernel, but /init is not WSL's: no executable file that is mounted"
+                "this is WSL2's kernel, but /init is not an executable file that WSL has mounted"
             }
         }
     }

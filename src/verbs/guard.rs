@@ -35,13 +35,13 @@ pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
         Ok(table) => table,
         Err(error) if is_failed_call(&error) => return Err(error),
         Err(error) => {
-            log.warning(&format!("{error:#}; guarding it when this distro stops"));
+            log.warning(&format!("{error:#}; will guard it when this distro stops"));
             return result;
         }
     };
     if let Ok(false) = is_there(host, BEFORE) {
         result = own::take_over(host, &table)
-            .context("taking over what this distro has registered so far")
+            .context("recording what this distro has registered so far")
             .and(result);
     }
     type Note = fn(&Host, &Table) -> anyhow::Result<()>;

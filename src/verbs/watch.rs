@@ -351,8 +351,7 @@ impl Told<'_> {
 
     fn fight(&self) {
         self.log.warning(
-            "something changes the table again and again; waiting longer from now on until it is \
-             put in order",
+            "something keeps changing the table; waiting longer before each repair from now on",
         );
     }
 }
