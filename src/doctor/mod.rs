@@ -122,8 +122,8 @@ fn told(known: Result<Vec<Finding>, Finding>) -> Vec<Finding> {
     known.unwrap_or_else(|unknown| vec![unknown])
 }
 
-/// Judges a missing /init. After a soft-reboot, which unmounts it, Windows programs still start: the
-/// entry keeps the file open.
+/// Judges a missing /init. After a soft-reboot, which unmounts it, Windows programs still start:
+/// the entry keeps the file open.
 fn without_init(place: &Place) -> Finding {
     let again = "run wsl.exe --shutdown in Windows, then start this distro again".to_owned();
     let lost = "/init, which starts Windows programs,";

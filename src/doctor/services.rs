@@ -1,4 +1,5 @@
-//! What systemd says about the services that matter here: the two that write to the table, and ours.
+//! What systemd says about the services that matter here: the two that write to the table, and
+//! ours.
 
 use super::facts::{Fact, Facts, Files};
 use super::report::{word, Finding, State};

@@ -1,5 +1,5 @@
-//! The kernel's table: whether it is mounted, what it does with a Windows program, and whether it can
-//! be emptied.
+//! The kernel's table: whether it is mounted, what it does with a Windows program, and whether it
+//! can be emptied.
 
 use super::facts::{Place, Probe, Table};
 use super::report::{word, Finding, Mend, State};
@@ -40,8 +40,8 @@ struct Seen<'a> {
 }
 
 impl Seen<'_> {
-    /// A command that changes mounts, followed by `guard`. A shell with mounts of its own has to run
-    /// it in the distro's.
+    /// A command that changes mounts, followed by `guard`. A shell with mounts of its own has to
+    /// run it in the distro's.
     fn then_guard(&self, command: &str) -> String {
         let command = format!("{command}{} guard", self.place.command);
         match self.place.has_own_mounts {
