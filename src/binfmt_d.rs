@@ -7,39 +7,39 @@ use anyhow::{Context, Error};
 use crate::binfmt_misc::is_name;
 use crate::host::{Host, BINFMT_D};
 
-/// One rule, as far as anybody here asks.
+/// One rule, as far as it matters here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
     /// The name of its entry.
     pub name: String,
     /// The program that is run.
     pub interpreter: String,
-    /// `P`, `O`, `C` and `F`, in whatever order.
+    /// Any of `P`, `O`, `C` and `F`, in any order.
     pub flags: String,
-    /// The whole of it, as it is registered.
+    /// The whole rule, as it is registered.
     pub text: String,
     /// The file that it is in.
     pub path: String,
 }
 
-/// All rules in use. What cannot be read, has none.
+/// All rules in use, except those in files that cannot be read.
 pub fn rules(host: &Host) -> Vec<Rule> {
     read(host).0
 }
 
-/// All files in use. Of those with one name that in the first directory counts.
+/// All files in use. Of files with the same name, the one in the first directory counts.
 pub fn files(host: &Host) -> Vec<String> {
     list(host).0
 }
 
-/// All rules in use, and what could not be read of them.
+/// All rules in use, and the errors of what cannot be read.
 pub fn read(host: &Host) -> (Vec<Rule>, Vec<Error>) {
     let (files, mut errors) = list(host);
     let mut rules = Vec::new();
     for path in files {
         match host.read(&path) {
             Ok(text) => rules.extend(parse(&String::from_utf8_lossy(&text), &path)),
-            // It is no file: a link to /dev/null masks others.
+            // Not a regular file: a link to /dev/null masks others.
             Err(error) if error.raw_os_error().is_none() => {}
             Err(error) => {
                 errors.push(Error::from(error).context(format!("reading {}", host.path(&path))));
@@ -75,7 +75,8 @@ pub fn parse(text: &str, path: &str) -> Vec<Rule> {
     let rule = |line: &str| {
         let text = line.trim_matches([' ', '\t']);
         let mut characters = text.chars();
-        // To the kernel it is a byte: with part of another character the name would be no text.
+        // The kernel takes a single byte. After a part of a longer character, the name would not be
+        // UTF-8.
         let between = characters
             .next()
             .filter(|c| c.is_ascii() && !"#;".contains(*c))?;
@@ -90,7 +91,7 @@ pub fn parse(text: &str, path: &str) -> Vec<Rule> {
             path: path.to_owned(),
         })
     };
-    // All of these end a line to systemd.
+    // To systemd, each of these ends a line.
     text.split(['\n', '\r', '\0']).filter_map(rule).collect()
 }
 

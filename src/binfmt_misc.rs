@@ -1,5 +1,5 @@
-//! The kernel's table of binary formats, as Documentation/admin-guide/binfmt-misc.rst has it:
-//! reading it, registering, unregistering, and who gets a Windows program.
+//! The kernel's table of binary formats, Documentation/admin-guide/binfmt-misc.rst: reading it,
+//! registering, unregistering, and which entries take Windows programs.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -16,86 +16,86 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::host::{Host, BINFMT_MISC};
 
-/// One registered format, as its file shows it.
+/// One entry, as its file shows it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// Whether the kernel uses it.
     pub enabled: bool,
     /// The program that is run.
     pub interpreter: String,
-    /// `P`, `O`, `C` and `F`, in the kernel's order.
+    /// Any of `P`, `O`, `C` and `F`, in the kernel's order.
     pub flags: String,
-    /// What files it is for.
+    /// The files that it matches.
     pub pattern: Pattern,
 }
 
-/// What files a format is for.
+/// The files that an entry matches.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Pattern {
-    /// Those whose name ends so, after the last dot.
+    /// Those with this extension, the part of the name after the last dot.
     Extension(String),
-    /// Those with these bytes at this place.
+    /// Those with these bytes at this offset.
     Magic {
-        /// Where, in bytes.
+        /// The offset, in bytes.
         offset: usize,
-        /// What, in hexadecimal as the kernel shows it.
+        /// The bytes.
         magic: Vec<u8>,
-        /// Which bits of it count; without one, all.
+        /// The bits of them that count; all if there is no mask.
         mask: Option<Vec<u8>>,
     },
 }
 
-/// What a format is to Windows programs.
+/// An entry's claim to Windows programs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Claim {
-    /// It takes none that begins with `MZ`.
+    /// It takes no file that begins with `MZ`.
     None,
-    /// It takes ordinary ones: whoever is first gets them.
+    /// It takes ordinary Windows programs: the first such entry gets them.
     Ordinary,
-    /// It takes none that is ordinary, but some by a longer magic that begins with `MZ`, as APE's
-    /// does, and has to come first for that.
+    /// It takes only files with a longer magic that begins with `MZ`, like APE's, and has to come
+    /// first for that.
     Longer,
 }
 
-/// How ordinary Windows programs begin, whoever linked them: the DOS header, the stub for DOS, and
-/// where GNU's linker and .NET put it, the signature of the PE header.
+/// The beginning of an ordinary Windows program, by any linker: the DOS header, the DOS stub, and
+/// the signature of the PE header, at the place where GNU's linker and .NET put it.
 const ORDINARY_PROGRAM: &[u8] =
     b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0\xb8\0\0\0\0\0\0\0\x40\0\0\0\0\0\0\0\
     \0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x80\0\0\0\
     \x0e\x1f\xba\x0e\0\xb4\x09\xcd\x21\xb8\x01\x4c\xcd\x21This program cannot be run in DOS mode.\
     \r\r\n$\0\0\0\0\0\0\0PE\0\0";
 
-/// An entry where it is listed.
+/// An entry in a listing of the table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listed {
     /// Its name.
     pub name: String,
-    /// Tells it from one that is registered under its name later.
+    /// Its inode, which an entry registered later under the same name does not have.
     pub inode: u64,
-    /// What it is.
+    /// The entry itself.
     pub entry: Entry,
 }
 
-/// When a file was made or changed: seconds and nanoseconds of the kernel's clock.
+/// The time of a file: seconds and nanoseconds of the kernel's clock.
 pub type Time = (i64, i64);
 
 impl Entry {
-    /// Reads the text of an entry's file.
+    /// Parses the text of an entry's file.
     ///
     /// # Errors
-    /// The text is not one that the kernel writes.
+    /// The kernel does not write such a text.
     pub fn parse(text: &str) -> anyhow::Result<Entry> {
         let mut lines = text.lines();
         let enabled = match lines.next() {
             Some("enabled") => true,
             Some("disabled") => false,
-            other => return Err(anyhow!("neither enabled nor disabled, but {other:?}")),
+            other => return Err(anyhow!("expected enabled or disabled, found {other:?}")),
         };
         let mut field = |name: &str| {
             lines
                 .next()
                 .and_then(|line| line.strip_prefix(name))
-                .ok_or_else(|| anyhow!("no '{name}' line where one belongs"))
+                .ok_or_else(|| anyhow!("expected a '{name}' line"))
         };
         let interpreter = field("interpreter ")?.to_owned();
         let flags = field("flags:")?.trim().to_owned();
@@ -111,7 +111,7 @@ impl Entry {
         })
     }
 
-    /// What nobody can read may be for any program.
+    /// An entry whose text cannot be parsed: it may match any file.
     fn unreadable(text: &str) -> Entry {
         Entry {
             enabled: !text.starts_with("disabled"),
@@ -125,7 +125,7 @@ impl Entry {
         }
     }
 
-    /// What it is to a Windows program while it is enabled.
+    /// Its claim to Windows programs while it is enabled.
     pub fn claim(&self) -> Claim {
         let wants_mz = match &self.pattern {
             Pattern::Extension(extension) if extension.eq_ignore_ascii_case("exe") => {
@@ -148,13 +148,13 @@ impl Entry {
         }
     }
 
-    /// Whether it takes an ordinary Windows program, called as they are.
+    /// Whether it takes an ordinary Windows program with the usual extension.
     pub fn takes_windows_programs(&self) -> bool {
         self.enabled && self.is_for("exe", ORDINARY_PROGRAM)
     }
 
-    /// Whether it is for a file that is called so and begins so. What the file holds further on is
-    /// not known, and so does not match.
+    /// Whether it matches a file with this extension and beginning. What follows the beginning is
+    /// unknown, and does not match.
     fn is_for(&self, extension: &str, head: &[u8]) -> bool {
         let (offset, magic, mask) = match &self.pattern {
             Pattern::Extension(own) => return own == extension,
@@ -171,7 +171,7 @@ impl Entry {
         })
     }
 
-    /// Whether the kernel took it from whoever registered it that it holds the interpreter's file.
+    /// Whether it keeps the interpreter's file open (flag `F`).
     pub fn holds_its_file(&self) -> bool {
         self.flags.contains('F')
     }
@@ -199,7 +199,7 @@ impl Entry {
                 mask.as_deref().map(hex).unwrap_or_default(),
             ],
         };
-        // The kernel takes any character for the one between fields, and ':' may be in a path.
+        // Any character can separate the fields, and a path may contain ':'.
         let text = [name, &self.interpreter, &self.flags, &fields.concat()].concat();
         let between = [':', '|', ';', ',']
             .into_iter()
@@ -221,7 +221,7 @@ impl Entry {
     }
 }
 
-/// Reads the lines of an entry that say where which bytes are.
+/// Parses the magic, its offset and its mask.
 fn magic(text: &str) -> anyhow::Result<Pattern> {
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
     let bytes = |hex: &str| -> Option<Vec<u8>> {
@@ -240,20 +240,20 @@ fn magic(text: &str) -> anyhow::Result<Pattern> {
             },
         })
     })();
-    pattern.ok_or_else(|| anyhow!("neither an extension nor a magic"))
+    pattern.ok_or_else(|| anyhow!("no valid extension or magic"))
 }
 
 /// The mounted table.
 pub struct Table {
     directory: Utf8PathBuf,
-    /// What has been read of it, by inode. An entry never changes, but for being enabled and
-    /// disabled: who looks for long has to `forget` it then. Twenty watchers that read a hundred
-    /// entries after each registration would be felt.
+    /// The entries that have been read, by inode. An entry changes only when it is enabled or
+    /// disabled; a long-running caller has to `forget` it then. Without this, twenty watchers that
+    /// read a hundred entries after each registration would be noticeable.
     read: Cell<BTreeMap<u64, Listed>>,
 }
 
 impl Table {
-    /// The table of this machine.
+    /// Opens the table of this machine.
     ///
     /// # Errors
     /// binfmt_misc is not mounted.
@@ -262,7 +262,7 @@ impl Table {
         table.require().map(|()| table)
     }
 
-    /// The same, mounted or not.
+    /// The same, whether mounted or not.
     pub fn unopened(host: &Host) -> Table {
         Table {
             directory: host.path(BINFMT_MISC),
@@ -270,7 +270,7 @@ impl Table {
         }
     }
 
-    /// Requires it to be mounted.
+    /// Checks that it is mounted.
     ///
     /// # Errors
     /// It is not.
@@ -284,16 +284,17 @@ impl Table {
         }
     }
 
-    /// Has the entry of that name read again, or all.
+    /// Makes the next look read the entry of that name again, or all entries.
     pub fn forget(&self, name: Option<&str>) {
         let mut read = self.read.take();
         read.retain(|_, listed| name.is_some_and(|name| listed.name != name));
         self.read.set(read);
     }
 
-    /// Keeps other distros' tools of this project out while it is held. The file is the same in all
-    /// of them, and only root may open it, so that nobody else can hold it. Who holds it for long
-    /// must not hold up Windows programs, so after a while it goes without.
+    /// Locks the table against this project's processes in all distros. They share the file, and
+    /// only root can open it, so nobody else can hold the lock. If it is held for too long, Windows
+    /// programs must not wait for it: this gives up after 0.2 seconds, and the caller goes on
+    /// without.
     pub fn lock(&self) -> Option<Flock<File>> {
         let register = self.directory.join("register");
         let mut file = OpenOptions::new().write(true).open(register).ok()?;
@@ -307,8 +308,8 @@ impl Table {
         None
     }
 
-    /// The names and inodes of all entries, the newest first, as the kernel tries them. It lists a
-    /// directory in that order; neither inode numbers nor times tell which of two is newer.
+    /// The names and inodes of all entries, newest first, as the kernel tries them. It lists the
+    /// directory in that order; neither inode numbers nor times tell which of two entries is newer.
     fn list(&self) -> anyhow::Result<Vec<(OsString, u64)>> {
         let list = || -> std::io::Result<Vec<(OsString, u64)>> {
             let entries = fs::read_dir(&self.directory)?;
@@ -320,7 +321,7 @@ impl Table {
         list().with_context(|| format!("listing {}", self.directory))
     }
 
-    /// The names of all entries. One that is not UTF-8 is nobody's whom they are noted for.
+    /// The names of all entries, except those that are not UTF-8: no rule of ours has such a name.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -331,7 +332,7 @@ impl Table {
             .collect())
     }
 
-    /// All entries, the newest first. One that is gone since it was listed is passed over.
+    /// All entries, newest first. One that is removed after it was listed is skipped.
     ///
     /// # Errors
     /// The directory, or an entry, cannot be read.
@@ -376,15 +377,16 @@ impl Table {
         }
     }
 
-    /// Tells an entry, if there is one, from one that is registered under its name later.
+    /// The inode of an entry, if there is one. An entry registered later under the same name has
+    /// another.
     ///
     /// # Errors
-    /// It cannot be looked at, or it is not the name of an entry.
+    /// It cannot be inspected, or the name is not valid.
     pub fn inode(&self, name: &str) -> anyhow::Result<Option<u64>> {
         Ok(self.identity(name)?.map(|(inode, _)| inode))
     }
 
-    /// The same, with the time at which the entry was registered.
+    /// The inode of an entry, and the time of its registration.
     ///
     /// # Errors
     /// As above.
@@ -401,15 +403,15 @@ impl Table {
     /// Registers a rule, `:name:type:offset:magic:mask:interpreter:flags`.
     ///
     /// # Errors
-    /// The kernel refuses it, also because the name is taken.
+    /// The kernel refuses it, for instance because the name is taken.
     pub fn register(&self, rule: &str) -> anyhow::Result<()> {
         write(&self.directory.join("register"), rule)
     }
 
-    /// Removes an entry. One that is gone already is as it should be.
+    /// Removes an entry, if there is one.
     ///
     /// # Errors
-    /// The kernel refuses it, or it is not the name of an entry.
+    /// The kernel refuses it, or the name is not valid.
     pub fn unregister(&self, name: &str) -> anyhow::Result<()> {
         match write(&self.file_of(name)?, "-1") {
             Err(error) if is_not_found(&error) => Ok(()),
@@ -417,13 +419,13 @@ impl Table {
         }
     }
 
-    /// Removes an entry if it is still the one with this inode, and says whether it was.
+    /// Removes an entry if it still has this inode. Returns whether it had.
     ///
     /// # Errors
     /// As above.
     pub fn unregister_exactly(&self, name: &str, inode: u64) -> anyhow::Result<bool> {
         let path = self.file_of(name)?;
-        // Whatever is registered under the name from here on, this file is the one entry's.
+        // The open file belongs to this one entry, whatever is registered under the name later.
         let remove = || -> std::io::Result<bool> {
             let mut file = OpenOptions::new().write(true).open(&path)?;
             let is_it = file.metadata()?.ino() == inode;
@@ -438,12 +440,12 @@ impl Table {
         }
     }
 
-    /// Registers an entry anew, which makes it the first that the kernel tries. Meanwhile another one
-    /// stands in for it, so that it is never missing. Returns the new inode. If the entry is no longer
-    /// the one with this inode, it is somebody else's and stays.
+    /// Registers an entry again, so that the kernel tries it first. Meanwhile another entry stands
+    /// in for it, so that it is never missing. Returns the new inode. An entry that no longer has
+    /// this inode is somebody else's, and stays.
     ///
     /// # Errors
-    /// The kernel refuses it; or the rule is too long to be registered under both names.
+    /// The kernel refuses it, or the rule is too long to be registered under both names.
     pub fn replace(
         &self,
         name: &str,
@@ -453,7 +455,7 @@ impl Table {
     ) -> anyhow::Result<u64> {
         let rule = entry.rule(stand_in);
         if !fits(stand_in, &rule) {
-            bail!("its rule is too long to be registered once more");
+            bail!("its rule is too long to be registered under a second name");
         }
         self.unregister(stand_in)?;
         self.register(&rule)?;
@@ -466,38 +468,38 @@ impl Table {
 
     fn file_of(&self, name: &str) -> anyhow::Result<Utf8PathBuf> {
         if !is_name(name) {
-            bail!("{name:?} is not the name of an entry");
+            bail!("{name:?} is not a valid entry name");
         }
         Ok(self.directory.join(name))
     }
 }
 
-/// Of a magic's byte; without a mask, all.
+/// The bits of a byte of the magic that count; without a mask, all.
 fn bits_that_count(mask: &Option<Vec<u8>>, byte: usize) -> u8 {
     mask.as_ref()
         .map_or(0xff, |mask| mask.get(byte).copied().unwrap_or(0))
 }
 
-/// Of <linux/limits.h>, in bytes.
+/// NAME_MAX of <linux/limits.h>, in bytes.
 const NAME_MAX: usize = 255;
 
-/// Whether an entry may be called so: the kernel takes no other names, and a path must lead neither
-/// out of the table nor to the files in it that are no entries. A name that is not UTF-8 is listed
-/// with what is replaced in it, and so is none.
+/// Whether this is a valid name of an entry: one that the kernel accepts, and whose path leads
+/// neither out of the table nor to a file in it that is not an entry. A listed name with a
+/// replacement character was not UTF-8, and is not valid.
 pub fn is_name(name: &str) -> bool {
     !["", ".", "..", "register", "status"].contains(&name)
         && name.len() <= NAME_MAX
         && !name.contains(['/', '\0', char::REPLACEMENT_CHARACTER])
 }
 
-/// Whether the kernel takes a rule of that length for an entry of that name.
+/// Whether the kernel accepts a rule and a name of these lengths.
 pub fn fits(name: &str, rule: &str) -> bool {
     // MAX_REGISTER_LENGTH of fs/binfmt_misc.c.
     name.len() <= NAME_MAX && rule.len() <= 1920
 }
 
-/// Whether the system failed us, which may be over at the next try; not what somebody has made of
-/// the table, or has not mounted.
+/// Whether a system call failed, which may work at the next try. A changed table, or a missing one,
+/// is no such error.
 pub fn is_failed_call(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<std::io::Error>()

@@ -1,5 +1,4 @@
-//! Files below the root: the only place with absolute paths, every one of them below
-//! `$WSL_BINFMT_ROOT`.
+//! Files below the root. Absolute paths occur only here, each relative to `$WSL_BINFMT_ROOT`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
@@ -13,18 +12,18 @@ use camino::{Utf8Path, Utf8PathBuf};
 pub const INIT: &str = "/init";
 /// Where systemd and WSL mount binfmt_misc.
 pub const BINFMT_MISC: &str = "/proc/sys/fs/binfmt_misc";
-/// The guard's file. It must not be below a directory that systemd empties: once unlinked, it
-/// could no longer be bound over in the units' own mount namespaces.
+/// The guard's file. It must not be in a directory that systemd empties: over an unlinked file, the
+/// units' BindPaths= would fail.
 pub const GUARD_FILE: &str = "/run/wsl-binfmt/status";
-/// What is noted while the distro runs.
+/// The records that are kept while the distro runs.
 pub const STATE: &str = "/run/wsl-binfmt";
 /// The names of all entries from before this distro registered its own.
 pub const BEFORE: &str = "/run/wsl-binfmt/before";
-/// The inode of the interop entry when all was in order last.
+/// The inode of the interop entry when everything was last in order.
 pub const INTEROP: &str = "/run/wsl-binfmt/interop";
-/// What wsl.conf said when the distro started.
+/// The settings of wsl.conf when the distro started.
 pub const BOOT_CONF: &str = "/run/wsl-binfmt/wsl.conf";
-/// binfmt.d(5), the first counting most. The last one is /usr/lib where /usr is merged.
+/// binfmt.d(5), highest priority first. With a merged /usr the last one is the same as /usr/lib.
 pub const BINFMT_D: [&str; 5] = [
     "/etc/binfmt.d",
     "/run/binfmt.d",
@@ -32,10 +31,10 @@ pub const BINFMT_D: [&str; 5] = [
     "/usr/lib/binfmt.d",
     "/lib/binfmt.d",
 ];
-/// The formats of update-binfmts(8), a file each.
+/// The formats of update-binfmts(8), one file each.
 pub const FORMATS: &str = "/var/lib/binfmts";
-/// Where systemd looks for generators (systemd.generator(7)), the first counting most. The last
-/// one is Debian's before /usr was merged.
+/// Where systemd looks for generators (systemd.generator(7)), highest priority first. The last one
+/// is for Debian before /usr was merged.
 pub const GENERATORS: [&str; 5] = [
     "/run/systemd/system-generators",
     "/etc/systemd/system-generators",
@@ -45,17 +44,17 @@ pub const GENERATORS: [&str; 5] = [
 ];
 /// Where our generator writes when systemd runs it.
 pub const EARLY: &str = "/run/systemd/generator.early";
-/// What comes before that in systemd's eyes (systemd.unit(5)).
+/// The directories with a higher priority than that (systemd.unit(5)).
 pub const ABOVE_EARLY: [&str; 3] = [
     "/etc/systemd/system.control",
     "/run/systemd/system.control",
     "/run/systemd/transient",
 ];
-/// There while systemd runs (sd_booted(3)).
+/// Exists while systemd runs (sd_booted(3)).
 pub const SYSTEMD: &str = "/run/systemd/system";
 /// Where WSL makes the sockets through which Windows programs start.
 pub const INTEROP_SOCKETS: &str = "/run/WSL";
-/// All sockets, proc_net(5).
+/// All Unix sockets, proc_net(5).
 pub const UNIX_SOCKETS: &str = "/proc/net/unix";
 /// wsl.conf(5) of this distro.
 pub const WSL_CONF: &str = "/etc/wsl.conf";
@@ -69,18 +68,18 @@ pub const LOCAL_UNITS: [&str; 3] = [
     "/run/systemd/system",
     "/usr/local/lib/systemd/system",
 ];
-/// Those of the vendor.
+/// Units and drop-ins of the vendor.
 pub const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 /// The kernel's log.
 pub const KMSG: &str = "/dev/kmsg";
 
 /// The kernel's release, proc_sys_kernel(5).
 pub const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
-/// What PID 1 was started with, proc_pid_environ(5).
+/// The environment that PID 1 was started with, proc_pid_environ(5).
 pub const PID1_ENVIRONMENT: &str = "/proc/1/environ";
-/// What systemd as PID 1 has found in its `container=`.
+/// The value of `container=` in it, written by systemd.
 pub const PID1_CONTAINER: &str = "/run/systemd/container";
-/// The mounts of the whole distro, for root, and of this process, proc_pid_mountinfo(5).
+/// The mounts of the distro, readable by root, and of this process, proc_pid_mountinfo(5).
 pub const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
 /// The mount namespace of the distro, and of this process, namespaces(7).
 pub const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
@@ -90,28 +89,28 @@ pub const DISTRO_ROOT: &str = "/proc/1/root";
 pub const COMMAND: &str = "/usr/bin/wsl-binfmt";
 /// Links that systemd makes while a unit is active; the unit's name follows.
 pub const INVOCATIONS: &str = "/run/systemd/units/invocation:";
-/// Where each systemd that is PID 1 listens.
+/// The socket on which every systemd that is PID 1 listens.
 pub const PRIVATE_SOCKET: &str = "/run/systemd/private";
-/// There in an initrd, os-release(5).
+/// Exists in an initrd, os-release(5).
 pub const INITRD_RELEASE: &str = "/etc/initrd-release";
-/// What Docker, Podman and systemd's container interface leave in a container.
+/// The marks of Docker, Podman and systemd's container interface in a container.
 pub const CONTAINER_MARKERS: [&str; 3] = [
     "/.dockerenv",
     "/run/.containerenv",
     "/run/host/container-manager",
 ];
 
-/// Of a longer file no more than this is read, in bytes.
+/// The most that is read of a file, in bytes.
 const READ_LIMIT: u64 = 1 << 20;
 
-/// The root directory below which every path lies.
+/// The root directory that every path is relative to.
 #[derive(Clone)]
 pub struct Host {
     root: Utf8PathBuf,
 }
 
 impl Host {
-    /// The running machine, or what `$WSL_BINFMT_ROOT` names instead.
+    /// The running machine, or the directory that `$WSL_BINFMT_ROOT` names.
     pub fn from_environment() -> Host {
         Host {
             root: variable("WSL_BINFMT_ROOT").unwrap_or_default().into(),
@@ -126,7 +125,7 @@ impl Host {
         self.root.join(absolute.trim_start_matches('/'))
     }
 
-    /// The first MiB of a regular file. Never blocks, whatever is at that path.
+    /// Reads the first MiB of a regular file. Does not block on a FIFO or a device.
     pub fn read(&self, absolute: &str) -> io::Result<Vec<u8>> {
         let file = open_without_blocking(&self.path(absolute))?;
         if !file.metadata()?.is_file() {
@@ -137,12 +136,12 @@ impl Host {
         Ok(bytes)
     }
 
-    /// Writes a file, and the directory that it is in. It has all of the text or what it had
-    /// before; if that is the same, it stays: it may be bound over another one. Whatever the
-    /// caller's umask, everybody may read them, and only their owner may write.
+    /// Writes a file atomically, creating its directory. A file that already has this text is not
+    /// replaced, as it may be bound over another one. Whatever the umask, both are readable by all
+    /// and writable by their owner only.
     ///
     /// # Errors
-    /// Either cannot be written.
+    /// The file or the directory cannot be written.
     pub fn write(&self, absolute: &str, text: &str) -> anyhow::Result<()> {
         let path = self.path(absolute);
         if let Some(directory) = path.parent() {
@@ -182,18 +181,18 @@ impl Host {
         }
     }
 
-    /// When a file was last written to, or a directory's names have changed; none if there is none.
+    /// When a file or directory was last modified; none if it does not exist.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// It cannot be inspected.
     pub fn modified(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
         self.time_of(absolute, |path| fs::metadata(path))
     }
 
-    /// When a link was made; none if there is none.
+    /// When a symbolic link was created; none if it does not exist.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// It cannot be inspected.
     pub fn link_made(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
         self.time_of(absolute, |path| fs::symlink_metadata(path))
     }
@@ -212,7 +211,7 @@ impl Host {
         }
     }
 
-    /// What is in a file of our own; nothing if there is none.
+    /// The text of one of our own files; empty if it does not exist.
     ///
     /// # Errors
     /// It cannot be read.
@@ -225,8 +224,8 @@ impl Host {
         }
     }
 
-    /// Whether `absolute` is a regular file with an execute bit. One that cannot be looked at may
-    /// well be: whoever runs it will see.
+    /// Whether `absolute` is a regular file with an execute bit. True if it cannot be inspected:
+    /// running it will tell.
     pub fn is_executable(&self, absolute: &str) -> bool {
         match fs::metadata(self.path(absolute)) {
             Ok(metadata) => metadata.is_file() && metadata.permissions().mode() & 0o111 != 0,
@@ -239,8 +238,8 @@ impl Host {
         self.list(absolute).unwrap_or_default()
     }
 
-    /// The names in a directory, sorted; none if there is no directory. One that is not UTF-8 is
-    /// passed over.
+    /// The names in a directory, sorted; none if it does not exist. Names that are not UTF-8 are
+    /// skipped.
     ///
     /// # Errors
     /// It cannot be read.
@@ -258,7 +257,7 @@ impl Host {
         Ok(names)
     }
 
-    /// A file's text, empty where it cannot be read: for facts that are then simply unknown.
+    /// The text of a file; empty if it cannot be read.
     pub fn text(&self, absolute: &str) -> String {
         self.read(absolute)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -273,17 +272,17 @@ impl Host {
 pub fn executable() -> anyhow::Result<Utf8PathBuf> {
     let path = std::env::current_exe().context("finding the path of this program")?;
     let path = Utf8PathBuf::try_from(path).context("using the path of this program")?;
-    // What the kernel says once a package upgrade has put a new file in its place.
+    // The kernel adds this after a package upgrade has replaced the file.
     let path = path.as_str().trim_end_matches(" (deleted)");
     Ok(path.into())
 }
 
-/// Whether an error says that there is nothing of that name.
+/// Whether an error means that the file does not exist.
 pub fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// Opens for reading; a FIFO that nobody writes to does not hold us up.
+/// Opens a file for reading, without waiting for a writer if it is a FIFO.
 fn open_without_blocking(path: &Utf8Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -291,12 +290,12 @@ fn open_without_blocking(path: &Utf8Path) -> io::Result<File> {
         .open(path)
 }
 
-/// How the service ended whose ExecStopPost= this is, if it is one (systemd.exec(5)).
+/// How the service ended, if this runs as its ExecStopPost= (systemd.exec(5)).
 pub fn service_result() -> Option<String> {
     variable("SERVICE_RESULT")
 }
 
-/// An environment variable; what is not UTF-8 in it can only be a value that we do not know.
+/// An environment variable. Bytes that are not UTF-8 are replaced: no known value has any.
 pub fn variable(name: &str) -> Option<String> {
     std::env::var_os(name).map(|v| v.to_string_lossy().into_owned())
 }

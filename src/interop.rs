@@ -1,21 +1,21 @@
-//! The entry by which Windows programs start, and what stands in its way: judged by the entries of
-//! the table alone.
+//! The entry that starts Windows programs, and what gets in its way, judged from the table's
+//! entries alone.
 
 use crate::binfmt_misc::{is_name, Claim, Entry, Listed, Pattern};
 use crate::host::INIT;
 
-/// The entry's name, which other tools look for, too.
+/// The entry's name, which other tools also look for.
 pub const NAME: &str = "WSLInterop";
-/// Stands in for it whenever nobody else hands Windows programs to /init. No other program
-/// registers this name, so nobody's registration fails because of it.
+/// The stand-in for it while no other entry passes Windows programs to /init. No other program
+/// registers this name, so no registration can fail because of it.
 pub const STAND_IN: &str = "WSLInterop-next";
-/// Prefix of what stands in for another entry while that is registered anew.
+/// Prefix of the stand-in for another entry while that is registered again.
 const STAND_IN_OF: &str = "WSLInterop-next-";
-/// What WSL before 2.6.2 registers beside it.
+/// The entry that WSL before 2.6.2 registers as well.
 pub const LATE: &str = "WSLInterop-late";
 
-/// The entry as WSL registers it for the VM. `P`: /init needs the program as it was called; `F`:
-/// it works in chroots and containers, too.
+/// The entry as WSL registers it for the VM. `P`: /init needs the program's name as it was called.
+/// `F`: it also works in chroots and containers.
 pub fn wanted() -> Entry {
     Entry {
         enabled: true,
@@ -29,23 +29,23 @@ pub fn wanted() -> Entry {
     }
 }
 
-/// Whether a name is for Windows interop, and so nobody's rule of his own.
+/// Whether a name is reserved for Windows interop, so that no rule of a distro may have it.
 pub fn is_reserved(name: &str) -> bool {
     [NAME, LATE, STAND_IN].contains(&name) || name.starts_with(STAND_IN_OF)
 }
 
-/// What stands in for the entry of that name.
+/// The name of the stand-in for the entry of that name.
 pub fn stand_in_of(name: &str) -> String {
     format!("{STAND_IN_OF}{name}")
 }
 
-/// What somebody has made of our entry, in words, if it is not ours to touch.
+/// Says how somebody has changed the entry, if that makes it none of our business.
 pub fn fault(entry: &Entry) -> Option<String> {
     let wanted = wanted();
     if entry.interpreter != wanted.interpreter {
         Some(format!("runs {}, not {INIT}", entry.interpreter))
     } else if entry.pattern != wanted.pattern {
-        Some("is not for the magic MZ".to_owned())
+        Some("has a pattern other than the magic MZ".to_owned())
     } else if !entry.enabled {
         Some("is disabled".to_owned())
     } else {
@@ -53,7 +53,7 @@ pub fn fault(entry: &Entry) -> Option<String> {
     }
 }
 
-/// Whether an entry has the flags that it needs. `O` and `C` are nothing to /init.
+/// Whether an entry has the flags that it needs. `O` and `C` do not matter to /init.
 pub fn has_flags(entry: &Entry) -> bool {
     wanted()
         .flags
@@ -67,7 +67,7 @@ pub fn find<'a>(entries: &'a [Listed], name: &str) -> Option<&'a Entry> {
     Some(&listed.entry)
 }
 
-/// The first that takes Windows programs, and so gets them.
+/// The first entry that takes Windows programs, and so gets them.
 pub fn first(entries: &[Listed]) -> Option<&Listed> {
     let takes = |listed: &&Listed| listed.entry.enabled && claims(listed);
     entries.iter().find(takes)
@@ -77,14 +77,13 @@ fn claims(listed: &Listed) -> bool {
     listed.entry.claim() == Claim::Ordinary
 }
 
-/// Whether Windows programs go to nobody, or to somebody else, though nobody has made our entry
-/// something else on purpose.
+/// Whether Windows programs do not go to /init, although nobody has changed our entry on purpose.
 pub fn needs_stand_in(entries: &[Listed]) -> bool {
     let untouched = find(entries, NAME).is_none_or(|entry| fault(entry).is_none());
     untouched && first(entries).is_none_or(|first| first.entry.interpreter != INIT)
 }
 
-/// The names of those that take Windows programs and are tried before ours.
+/// The names of the entries that take Windows programs and are tried before ours.
 pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
     let ahead = entries.iter().take_while(|listed| listed.name != NAME);
     let rivals = ahead.filter(|listed| {
@@ -94,8 +93,8 @@ pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
     rivals.map(|listed| listed.name.clone()).collect()
 }
 
-/// Those with a longer magic that are tried after ours, and never, the last first: so they keep
-/// their order when each is put ahead.
+/// The entries with a longer magic that come after ours, and so get nothing. Last first, so that
+/// they keep their order when each is put ahead.
 pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
     let behind = entries.iter().skip_while(|listed| listed.name != NAME);
     let longer = behind.filter(|listed| {
@@ -109,7 +108,7 @@ pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
     longer
 }
 
-/// Whether it can be registered anew as it is: nothing of it is not UTF-8.
+/// Whether an entry can be registered again unchanged: its name and interpreter are UTF-8.
 fn is_whole(listed: &Listed) -> bool {
     is_name(&listed.name)
         && !listed
@@ -118,8 +117,8 @@ fn is_whole(listed: &Listed) -> bool {
             .contains(char::REPLACEMENT_CHARACTER)
 }
 
-/// What was left by somebody who was stopped while putting such a one ahead, and the names of those
-/// for which it stands in.
+/// The stand-ins left by a process that was stopped while it put an entry ahead, each with the name
+/// of that entry.
 pub fn unfinished(entries: &[Listed]) -> Vec<(&str, &Listed)> {
     entries
         .iter()

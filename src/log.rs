@@ -1,5 +1,5 @@
-//! One line a message: to the kernel's log from the generator, whose standard error systemd
-//! throws away, and to standard error always, for whoever runs it by hand.
+//! Messages, one line each. The generator writes them to the kernel's log, because systemd discards
+//! its standard error; everything also goes to standard error, for a run by hand.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -10,7 +10,7 @@ use camino::Utf8PathBuf;
 
 use crate::host::{Host, KMSG};
 
-/// The priorities of syslog(3) that are used here.
+/// The priorities used here, from syslog(3).
 #[derive(Clone, Copy)]
 enum Priority {
     Error = 3,
@@ -18,14 +18,15 @@ enum Priority {
     Info = 6,
 }
 
-/// Where messages go.
+/// The destination of messages.
 pub struct Log {
     kmsg: Option<Utf8PathBuf>,
     to_journal: bool,
 }
 
 impl Log {
-    /// For the generator. Without a kernel log to write to, standard error remains.
+    /// The log of the generator. If the kernel's log cannot be written to, only standard error is
+    /// used.
     pub fn of_generator(host: &Host) -> Log {
         Log {
             kmsg: Some(host.path(KMSG)),
@@ -33,7 +34,7 @@ impl Log {
         }
     }
 
-    /// For a verb, run by a unit or by hand.
+    /// The log of a verb, run by a unit or by hand.
     pub fn of_verb() -> Log {
         Log {
             kmsg: None,
@@ -41,23 +42,23 @@ impl Log {
         }
     }
 
-    /// What failed, on which path, and why.
+    /// Logs what failed, on which path, and why.
     pub fn error(&self, message: &str) {
         self.line(Priority::Error, message);
     }
 
-    /// What is not as it should be, and was passed over.
+    /// Logs a problem that was tolerated.
     pub fn warning(&self, message: &str) {
         self.line(Priority::Warning, message);
     }
 
-    /// What was done.
+    /// Logs what was done.
     pub fn info(&self, message: &str) {
         self.line(Priority::Info, message);
     }
 
-    /// One write(2) a message, as the kernel's log wants it. There is nobody left to tell when
-    /// that fails.
+    /// Writes a message with a single write(2), as the kernel's log requires. There is nobody to
+    /// tell if that fails.
     fn line(&self, priority: Priority, message: &str) {
         let message = message.replace(['\n', '\r'], " ");
         let program = env!("CARGO_PKG_NAME");
@@ -71,7 +72,7 @@ impl Log {
             let line = format!("<{level}>{program}[{pid}]: {message}\n");
             let _ = kmsg.write_all(line.as_bytes());
         }
-        // The journal knows the program and its PID, and takes the priority off.
+        // The journal knows the program and its PID, and strips the priority.
         let line = if self.to_journal {
             format!("<{level}>{message}\n")
         } else {

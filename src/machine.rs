@@ -1,4 +1,4 @@
-//! What the machine is, as its files and the environment tell it: read here, and judged elsewhere.
+//! Facts about the machine, from its files and the environment: read here, judged elsewhere.
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ use crate::mounts;
 use crate::plan::Neighbors;
 use crate::wsl::{Environment, Files};
 
-/// What systemd says of the machine in the generator's environment, and where the output goes.
+/// What systemd says about the machine in the generator's environment, and where the output goes.
 pub fn environment(early: &Utf8Path) -> Environment {
     Environment {
         scope: variable("SYSTEMD_SCOPE"),
@@ -27,13 +27,13 @@ pub fn environment(early: &Utf8Path) -> Environment {
     }
 }
 
-/// What the machine's files say of it.
+/// What the machine's files say about it.
 pub fn files(host: &Host) -> Files {
     Files {
         initrd_release: host.path(INITRD_RELEASE).exists(),
         osrelease: host.text(OSRELEASE).trim().to_owned(),
         pid1_container: pid1_variable(host, "container")
-            // Its environment is for root.
+            // Only root can read its environment.
             .unwrap_or_else(|_| Some(host.text(PID1_CONTAINER).trim().to_owned())),
         container_marker: CONTAINER_MARKERS.iter().any(|m| host.path(m).exists()),
         init: has_init(host),
@@ -41,8 +41,8 @@ pub fn files(host: &Host) -> Files {
     }
 }
 
-/// Whether WSL's interop binary is there: an executable file that is mounted. A container may have
-/// a file of its own there. Where the mounts cannot be read, that counts, too.
+/// Whether WSL's interop binary is there: an executable file that is a mount, as a container may
+/// have a file of its own there. If the mounts cannot be read, any executable file counts.
 pub fn has_init(host: &Host) -> bool {
     let [_, own] = MOUNT_INFOS;
     host.is_executable(INIT)
@@ -51,10 +51,10 @@ pub fn has_init(host: &Host) -> bool {
         })
 }
 
-/// A variable of PID 1's environment, which WSL has set.
+/// A variable of PID 1's environment, which WSL sets.
 ///
 /// # Errors
-/// The environment cannot be read; only root may.
+/// The environment cannot be read, which only root can.
 pub fn pid1_variable(host: &Host, name: &str) -> io::Result<Option<String>> {
     let environment = host.read(PID1_ENVIRONMENT)?;
     let environment = String::from_utf8_lossy(&environment);
@@ -67,11 +67,11 @@ pub fn pid1_variable(host: &Host, name: &str) -> io::Result<Option<String>> {
     Ok(environment.split('\0').find_map(value))
 }
 
-/// What WSL, the vendor and the admin have put beside what is emitted here. What cannot be
-/// looked at is taken to be there, so that nothing of the admin's is masked, and reported.
+/// The files of WSL, the vendor and the admin that affect what to emit. One that cannot be
+/// inspected is reported, and counts as existing, so that nothing of the admin's is masked.
 pub fn neighbors(host: &Host, mut report: impl FnMut(String)) -> Neighbors {
     let mut doubt = |path: &str, error: io::Error| {
-        // What is no file is no error of the system's.
+        // Something other than a regular file is not a failed call.
         let doubtful = error.raw_os_error().is_some() && !is_missing(&error);
         if doubtful {
             report(format!("looking at {}: {error}", host.path(path)));
@@ -102,8 +102,8 @@ pub fn neighbors(host: &Host, mut report: impl FnMut(String)) -> Neighbors {
     }
 }
 
-/// Whether no other distro of the VM runs systemd: a socket is listed in all mount namespaces, and
-/// the distros of a VM have one network.
+/// Whether no other distro of the VM runs systemd. The list shows the sockets of all distros, which
+/// share a network namespace.
 ///
 /// # Errors
 /// The sockets cannot be listed.
@@ -113,7 +113,7 @@ pub fn is_alone(host: &Host) -> anyhow::Result<bool> {
     Ok(systemds.count() <= 1)
 }
 
-/// The kernel's list of sockets, proc_net(5).
+/// The kernel's list of Unix sockets, proc_net(5).
 ///
 /// # Errors
 /// /proc is not mounted.
@@ -123,8 +123,8 @@ pub fn unix_sockets(host: &Host) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&sockets).into_owned())
 }
 
-/// The paths of sockets on which somebody listens: Num, RefCount, Protocol, Flags, Type, St, Inode,
-/// Path; and the flags have `__SO_ACCEPTCON`.
+/// The paths of the listening sockets. The fields are Num, RefCount, Protocol, Flags, Type, St,
+/// Inode and Path; a listening socket has the flag `__SO_ACCEPTCON`.
 pub fn listening(sockets: &str) -> impl Iterator<Item = &str> {
     sockets.lines().filter_map(|line| {
         let flags = line.split_ascii_whitespace().nth(3)?;
@@ -134,7 +134,7 @@ pub fn listening(sockets: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Whether the mounts of this process are known to be others than the distro's.
+/// Whether this process is known to have other mounts than the distro.
 pub fn is_elsewhere_mounted(host: &Host) -> bool {
     let [distro, own] = MOUNT_NAMESPACES.map(|path| fs::read_link(host.path(path)));
     matches!((distro, own), (Ok(distro), Ok(own)) if distro != own)

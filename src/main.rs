@@ -2,8 +2,8 @@
 //! binfmt_misc table.
 //!
 //! Why a generator: only something that decides before units are loaded can stay invisible
-//! wherever it has no business, and come back after every daemon-reload. What it writes calls
-//! this same binary again, by its verbs. This file turns the arguments into one call.
+//! outside WSL2, and come back after every daemon-reload. The units that it writes call this same
+//! binary with a verb. This file turns the arguments into one call.
 
 #![forbid(unsafe_code)]
 #![deny(
@@ -54,32 +54,31 @@ Usage: wsl-binfmt-generator NORMAL EARLY LATE
 Keeps Windows programs starting from Linux on WSL2. systemd calls it with three
 directories; the units that it writes into EARLY call its verbs.
 
-  NORMAL EARLY LATE  generate units and drop-ins into EARLY; with a single
-                     directory, into that one
-  status             say what is wrong with Windows interop, and what mends it
+  NORMAL EARLY LATE  write units and drop-ins into EARLY; if only one directory
+                     is given, into that one
+  status             say what is wrong with Windows interop, and how to fix it
     --json           the same for scripts
-  restore            make the WSLInterop entry stand in binfmt_misc
-    --watch          stay, and keep it standing
+  restore            restore the WSLInterop entry in binfmt_misc
+    --watch          keep running, and keep the entry in place
   guard              bind a read-only file over the status file of binfmt_misc,
-                     unless something already is
+                     unless something is already bound there
   release            unregister what this distro has registered
-  started, stopped   for units: one that registers rules has started or stopped
-  stopping           for units: this distro stops
+  started, stopped   for units: a service that registers rules started, stopped
+  stopping           for units: this distro is stopping
   -h, --help         show this help
   -V, --version      show the version
 
 Environment:
-  WSL_BINFMT_ROOT    directory put before every absolute path that is read or
-                     written (for tests; the arguments are taken as they are)
+  WSL_BINFMT_ROOT    directory to put before every absolute path that is read or
+                     written (for tests; the arguments are used unchanged)
+  NO_COLOR           if not empty, status prints no colours
 
-  NO_COLOR           status without colours, if it is not empty
-
-Exit status: 0 done or nothing to do, 1 failed (status: something is wrong),
+Exit status: 0 success or nothing to do, 1 failure (status: something is wrong),
 2 wrong usage.
 See also: man 8 wsl-binfmt-generator
 ";
 
-/// What one invocation asks for.
+/// One invocation.
 #[derive(Debug, PartialEq)]
 enum Action {
     Generate { early: Utf8PathBuf },
@@ -94,8 +93,8 @@ enum Action {
     Version,
 }
 
-/// Reads the arguments: one or three directories, told from verbs by their slash
-/// (systemd.generator(7) always passes absolute paths), or one verb, or one option.
+/// Reads the arguments: one or three directories, a verb, or an option. A slash marks a directory:
+/// systemd.generator(7) always passes absolute paths.
 fn parse(arguments: &[String]) -> Result<Action, String> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
@@ -128,24 +127,23 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
         | ["restore" | "guard" | "release" | "status" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
             Err(format!("unexpected argument '{extra}'"))
         }
-        [] => Err("no arguments: one or three directories, or a verb, are needed".to_owned()),
+        [] => Err("no arguments: expected one or three directories, or a verb".to_owned()),
         [word] => Err(format!(
             "unknown verb '{word}' (a directory needs a slash: './{word}')"
         )),
         all => Err(format!(
-            "{} arguments: one or three directories, or a verb, are needed",
+            "{} arguments: expected one or three directories, or a verb",
             all.len()
         )),
     }
 }
 
-/// Prints to standard output; a reader that has gone away is no error of ours.
+/// Prints to standard output. A reader that has gone away is not our error.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// Whether standard output is a terminal that shows colours to somebody who wants them
-/// (no-color.org).
+/// Whether standard output is a terminal with colours, and the user wants them (no-color.org).
 fn wants_colour() -> bool {
     let is_set = |value: Option<String>| value.is_some_and(|v| !v.is_empty());
     std::io::stdout().is_terminal()
@@ -180,7 +178,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does it; false is the answer of `status` that not all is well.
+/// Carries out the action. Returns false if `status` finds something wrong.
 fn act(action: Action, host: &Host, log: &Log) -> anyhow::Result<bool> {
     let done = match action {
         Action::Generate { early } => verbs::generate::generate(host, &early, log),

@@ -1,28 +1,28 @@
-//! The mounts of a distro, from the text of mountinfo: proc_pid_mountinfo(5). What lies on a path
-//! is learned here before it is touched: a file system that nobody serves would hold us for good.
+//! The mounts of a distro, from mountinfo, proc_pid_mountinfo(5). They tell what is mounted on a
+//! path before it is touched: a dead file system would hang this program forever.
 
 /// One mount.
 #[derive(Debug, PartialEq)]
 pub struct Mount<'a> {
-    /// Tells it from others.
+    /// Its ID.
     pub id: &'a str,
-    /// The mount that it lies on.
+    /// The ID of the mount that it is on.
     pub parent: &'a str,
-    /// What of its file system is mounted; for a bind mount, the file. A deleted one ends with
-    /// `//deleted`.
+    /// The part of its file system that is mounted; for a bind mount, the file. If that was
+    /// deleted, it ends with `//deleted`.
     pub root: &'a str,
     /// The file system's type.
     pub kind: &'a str,
 }
 
-/// The mount that is seen on a path, which must not have blanks in it.
+/// The visible mount on a path, which must not contain blanks.
 pub fn on<'a>(mount_info: &'a str, path: &str) -> Option<Mount<'a>> {
-    // Later ones lie on earlier ones.
+    // Later mounts cover earlier ones.
     all_on(mount_info, path).last()
 }
 
-/// The mount that is seen on a path within another mount. One that lies within a mount below that
-/// is not seen.
+/// The visible mount on a path within another mount. A mount within one that `outer` covers is not
+/// visible.
 pub fn within<'a>(mount_info: &'a str, path: &str, outer: &Mount) -> Option<Mount<'a>> {
     let mut seen: Option<Mount> = None;
     for mount in all_on(mount_info, path) {

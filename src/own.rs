@@ -1,6 +1,6 @@
-//! What this distro has registered itself, from binfmt.d and by update-binfmts(8): written down
-//! below /run/wsl-binfmt by name and inode, so that it can be told from what peers register under
-//! the same names. While the distro runs its rules stand; when it stops, they go.
+//! This distro's own rules, from binfmt.d and update-binfmts(8). They are recorded below
+//! /run/wsl-binfmt by name and inode, to tell them from what peers register under the same names.
+//! They stay registered while the distro runs, and are unregistered when it stops.
 
 use anyhow::{anyhow, Error};
 
@@ -15,7 +15,7 @@ use crate::machine;
 pub enum Unit {
     /// systemd-binfmt.service, from binfmt.d(5).
     SystemdBinfmt,
-    /// binfmt-support.service, what packages have told update-binfmts(8).
+    /// binfmt-support.service, from the formats of update-binfmts(8).
     BinfmtSupport,
 }
 
@@ -35,16 +35,16 @@ impl Unit {
         format!("{STATE}/{}.rules", self.name())
     }
 
-    /// When it was started, if it is active. Its RuntimeDirectory= tells: systemd makes it before
+    /// When it was started, if it is active, by its RuntimeDirectory=: systemd creates that before
     /// the service's first command, and removes it after the last.
     fn started(self, host: &Host) -> anyhow::Result<Option<Time>> {
         host.modified(&format!("{STATE}/{}", self.name()))
     }
 
-    /// The same, also without the drop-in that makes that directory: while it is active, systemd has a
-    /// link with its invocation for journald. There is none if it has failed, as under WSL's lock, or
-    /// has stopped. Then it is when systemd was, at the earliest, which is enough where nobody else may
-    /// have registered anything.
+    /// The same, even without the drop-in that creates that directory: while the unit is active,
+    /// systemd keeps a link with its invocation for journald. After a failure, as under WSL's lock,
+    /// or a stop, there is none. Then the start of systemd is the earliest possible time, which is
+    /// good enough if no other distro can have registered anything.
     fn started_at_all(self, host: &Host, alone: bool) -> anyhow::Result<Option<Time>> {
         if let Some(started) = self.started(host)? {
             return Ok(Some(started));
@@ -56,19 +56,20 @@ impl Unit {
         }
     }
 
-    /// Whether a rule is known to be none of its any more: update-binfmts(8) has removed its file.
+    /// Whether a rule is known to be no longer its own: update-binfmts(8) has removed the rule's
+    /// file.
     fn has_forgotten(self, host: &Host, name: &str) -> bool {
         let file = host.path(&format!("{FORMATS}/{name}"));
         self == Unit::BinfmtSupport && file.try_exists().is_ok_and(|there| !there)
     }
 
-    /// The names that it registers, with the rules where they are known; and what could not be
-    /// read of them.
+    /// The names that it registers, with the rules if these are known; and the errors of what
+    /// cannot be read.
     fn registers(self, host: &Host) -> (Vec<(String, Option<String>)>, Vec<Error>) {
         let (mut rules, errors) = match self {
             Unit::SystemdBinfmt => {
                 let (rules, errors) = binfmt_d::read(host);
-                // With part of a byte sequence lost, it is another rule.
+                // With bytes replaced, it would be another rule.
                 let whole = |text: String| (!text.contains('\u{fffd}')).then_some(text);
                 let rules = rules.into_iter().map(|rule| (rule.name, whole(rule.text)));
                 (rules.collect(), errors)
@@ -86,17 +87,17 @@ impl Unit {
     }
 }
 
-/// In place of an inode: the entry was wiped, or a peer's has taken its place. No entry has this one.
+/// Stands for the inode of an entry that was wiped, or that a peer has replaced. No entry has it.
 const GONE: u64 = 0;
 
 /// One rule of this distro's own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Own {
-    /// Its entry's, or `GONE`.
+    /// The inode of its entry, or `GONE`.
     inode: u64,
-    /// A peer had an entry of this name before.
+    /// Whether a peer had an entry of this name before.
     shared: bool,
-    /// What registers it.
+    /// The text that registers it.
     rule: String,
 }
 
@@ -108,7 +109,7 @@ impl Own {
     }
 }
 
-/// Reads a record. A line that nobody here has written says nothing.
+/// Parses a record, ignoring lines that this program does not write.
 fn parse(record: &str) -> Vec<Own> {
     let own = |line: &str| {
         let (inode, rest) = line.split_once(' ')?;
@@ -133,7 +134,7 @@ fn format(rules: &[Own]) -> String {
     rules.iter().map(line).collect()
 }
 
-/// What is written down of a service's rules.
+/// The record of a service's rules.
 #[derive(Debug)]
 pub struct Record {
     unit: Unit,
@@ -142,10 +143,10 @@ pub struct Record {
 }
 
 impl Record {
-    /// Reads it; there is none before the service has started and after it has stopped.
+    /// Reads the record. Before the service starts and after it stops there is none.
     ///
     /// # Errors
-    /// It is there, and cannot be read.
+    /// It exists, but cannot be read.
     pub fn read(host: &Host, unit: Unit) -> anyhow::Result<Record> {
         Ok(Record {
             unit,
@@ -154,7 +155,7 @@ impl Record {
         })
     }
 
-    /// Those of all services.
+    /// Reads the records of all services.
     ///
     /// # Errors
     /// As above.
@@ -163,7 +164,7 @@ impl Record {
         all.map(|unit| Record::read(host, unit)).collect()
     }
 
-    /// Writes it down, if it has changed.
+    /// Writes the record, if it has changed.
     ///
     /// # Errors
     /// It cannot be written.
@@ -174,12 +175,12 @@ impl Record {
         }
     }
 
-    /// The names of what is written down.
+    /// The names of the recorded rules.
     pub fn names(&self) -> Vec<String> {
         self.rules.iter().map(|own| own.name().to_owned()).collect()
     }
 
-    /// Whether nothing is written down.
+    /// Whether no rules are recorded.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
@@ -189,7 +190,7 @@ impl Record {
         inode != GONE && self.rules.iter().any(|own| own.inode == inode)
     }
 
-    /// An own entry has been registered anew.
+    /// Notes that an own entry was registered again, with another inode.
     pub fn moved(&mut self, from: u64, to: u64) {
         for own in self.rules.iter_mut().filter(|own| own.inode == from) {
             own.inode = to;
@@ -197,18 +198,16 @@ impl Record {
         }
     }
 
-    /// Takes up what the service has registered since it was started, and leaves out what is a
-    /// peer's. After a success everything was registered; what is missing was wiped since.
-    ///
-    /// # Errors
-    /// Those of what could not be read; the rest is taken up.
+    /// Records what the service has registered since it was started, but not what is a peer's. If
+    /// it succeeded, it had registered everything, and a missing entry was wiped since. Returns the
+    /// errors of what could not be read; the rest is recorded.
     fn take_up(&mut self, host: &Host, table: &Table, succeeded: bool) -> Vec<Error> {
         let started = match self.unit.started(host) {
             Ok(Some(started)) => started,
             Ok(None) => {
                 let directory = host.path(&format!("{STATE}/{}", self.unit.name()));
                 return vec![anyhow!(
-                    "{directory}: not there, as if the unit did not run"
+                    "{directory}: missing, as if the unit were not running"
                 )];
             }
             Err(error) => return vec![error],
@@ -242,7 +241,7 @@ impl Record {
         let stale: Vec<_> = self.rules.drain(..).filter(|own| !known(own)).collect();
         self.rules = taken;
         self.changed = true;
-        // What is not known to be gone, or is not, is still this distro's.
+        // Whatever may still be registered is still this distro's.
         let removed = match succeeded && errors.is_empty() {
             true => unregister(table, &stale).map_err(|error| errors.push(error)),
             false => Err(()),
@@ -253,9 +252,9 @@ impl Record {
         errors
     }
 
-    /// Takes up what update-binfmts(8) has registered beside the running service, as it does when
-    /// a package is installed: right after it has written its own file of that name. What was left to
-    /// others since is not that.
+    /// Records what update-binfmts(8) has registered outside the running service, as it does when a
+    /// package is installed: right after writing its own file of that name. An entry that was
+    /// handed back to a peer does not count.
     pub fn take_up_beside(&mut self, host: &Host, table: &Table) {
         if self.unit != Unit::BinfmtSupport {
             return;
@@ -289,9 +288,9 @@ impl Record {
         self.changed = true;
     }
 
-    /// Takes up what has been registered under the service's names since it was started, and nobody
-    /// has written down: before there was this program, or beside the unit. What was replaced then
-    /// cannot be seen any more. Where this distro is not `alone`, another one has it, too, and may have
+    /// Records what was registered under the service's names since it was started, but not
+    /// recorded: before this program was installed, or outside the unit. What that replaced can no
+    /// longer be known. Unless this distro is `alone`, a peer is assumed to share it, and may have
     /// registered its own since.
     fn take_up_late(&mut self, host: &Host, table: &Table, alone: bool) -> anyhow::Result<()> {
         let Some(start) = self.unit.started_at_all(host, alone)? else {
@@ -307,7 +306,7 @@ impl Record {
                 continue;
             };
             let rule = entry.rule(&name);
-            // Somebody has another rule of that name, or it was left to others.
+            // Somebody else has another rule of that name.
             let is_other = match (self.rules.iter().find(|own| own.name() == name), &text) {
                 (Some(own), _) => own.rule != rule,
                 (None, Some(text)) => !is_of(&entry, text),
@@ -327,10 +326,10 @@ impl Record {
         Ok(())
     }
 
-    /// Registers what is missing, but for what was removed on purpose: that vanishes alone, without a
-    /// flush, is still missing at the next look, and is forgotten then. `missing` has what was
-    /// missing at the last look, and gets what is now; without it nothing is forgotten. Returns what
-    /// was done, and what could not be.
+    /// Registers missing rules, except those removed on purpose: these vanish without a flush, are
+    /// still missing at the next look, and are then forgotten. `missing` holds the rules that were
+    /// missing at the last look, and receives those that are now. Returns what was done, and what
+    /// failed.
     pub fn heal(
         &mut self,
         host: &Host,
@@ -341,7 +340,7 @@ impl Record {
         let (mut deeds, mut errors) = (Vec::new(), Vec::new());
         for own in std::mem::take(&mut self.rules) {
             let name = own.name().to_owned();
-            // Somebody of ours was killed while moving it.
+            // One of our processes was killed while moving it.
             let stand_in = stand_in_of(&name);
             let unfinished = is_name(&stand_in) && !matches!(table.inode(&stand_in), Ok(None));
             let vanished = own.inode != GONE && !flushed && !unfinished;
@@ -383,7 +382,7 @@ impl Record {
     }
 }
 
-/// Whether an entry runs what this rule of binfmt.d has it run, and in the same way.
+/// Whether an entry has the interpreter and flags of this rule of binfmt.d.
 fn is_of(entry: &Entry, rule: &str) -> bool {
     let in_order = |flags: &str| {
         let mut flags: Vec<char> = flags.chars().collect();
@@ -395,25 +394,25 @@ fn is_of(entry: &Entry, rule: &str) -> bool {
     })
 }
 
-/// In nanoseconds: by less than this the kernel's clock for files may lag behind.
+/// The most by which the kernel's clock for files may lag behind, in nanoseconds.
 const LAG: i128 = 20_000_000;
-/// And longer than this no start of a service takes that registers rules.
+/// The longest start of a service that registers rules, in nanoseconds.
 const START: i128 = 1_000_000_000;
 
 fn nanoseconds((seconds, nanoseconds): Time) -> i128 {
     i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
 }
 
-/// Own rules that are missing, by name.
+/// The names of missing own rules.
 #[derive(Default)]
 pub struct Missing {
-    /// At the last look.
+    /// Those missing at the last look.
     pub before: Vec<String>,
-    /// At this one.
+    /// Those missing now.
     pub now: Vec<String>,
 }
 
-/// What becomes of an own rule in whose place there is another entry.
+/// Handles an own rule whose place another entry has taken.
 fn taken(
     table: &Table,
     own: &Own,
@@ -434,12 +433,12 @@ fn taken(
             return Ok((inode, "had lost its F"));
         }
     }
-    // It is this distro's turn again when that is gone.
+    // This distro registers its own again once that is gone.
     Ok((GONE, ""))
 }
 
-/// What a distro leaves to others of a rule with `F`: without it, and with another path to the
-/// same file, by which it is told from a rule that somebody has without `F`.
+/// Changes a rule with `F` for handing it back to peers: without `F`, and with a different path to
+/// the same file, to tell it from a rule that never had `F`.
 fn hand_back(entry: &mut Entry) {
     entry.flags.retain(|flag| flag != 'F');
     if !entry.interpreter.starts_with("//") {
@@ -447,7 +446,7 @@ fn hand_back(entry: &mut Entry) {
     }
 }
 
-/// The interpreter of such an entry.
+/// The original interpreter of an entry that was handed back.
 fn handed_back(entry: &Entry) -> Option<String> {
     let interpreter = entry.interpreter.strip_prefix('/')?;
     (!entry.holds_its_file() && interpreter.starts_with('/')).then(|| interpreter.to_owned())
@@ -458,10 +457,10 @@ fn register(table: &Table, own: &Own) -> anyhow::Result<u64> {
     Ok(table.inode(own.name())?.unwrap_or_default())
 }
 
-/// Writes down what a service has just registered, and unregisters what it no longer does.
+/// Records what a service has just registered, and unregisters what it no longer registers.
 ///
 /// # Errors
-/// It cannot be written down; or not all of it can be read, and the rest is written down.
+/// The record cannot be written; or something cannot be read, and the rest is recorded.
 pub fn record(host: &Host, table: &Table, unit: Unit, succeeded: bool) -> anyhow::Result<()> {
     let mut record = Record::read(host, unit)?;
     let mut errors = record.take_up(host, table, succeeded);
@@ -469,19 +468,19 @@ pub fn record(host: &Host, table: &Table, unit: Unit, succeeded: bool) -> anyhow
     first(errors)
 }
 
-/// The first error is the one to report.
+/// The result to report: the first error, if any.
 fn first(errors: Vec<Error>) -> anyhow::Result<()> {
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Unregisters what a service has registered, as far as it still is what was written down.
+/// Unregisters the entries of a service that are still as recorded.
 ///
 /// # Errors
-/// An entry cannot be removed; the others are, and it stays written down.
+/// An entry cannot be removed; the others are, and the record is kept.
 pub fn release(host: &Host, table: &Table, unit: Unit) -> anyhow::Result<()> {
     let mut record = Record::read(host, unit)?;
     record.take_up_beside(host, table);
-    // What was registered beside the unit looks as if it were another distro's.
+    // What was registered outside the unit looks like another distro's.
     let late = match machine::is_alone(host) {
         Ok(true) => record.take_up_late(host, table, true),
         other => other.map(drop),
@@ -491,13 +490,13 @@ pub fn release(host: &Host, table: &Table, unit: Unit) -> anyhow::Result<()> {
     late
 }
 
-/// An entry with `F` holds a file of this distro, and goes. One without is the same whoever
-/// registered it: where a peer had it before, it stays for the peer. So does one with `F`, but
-/// without its `F`: that holds no file, and the peer's own is run.
+/// Unregisters these rules, unless a peer had an entry of the name before. In that case an entry
+/// without `F` stays, as it is the same whoever registered it. One with `F` holds a file of this
+/// distro, so it is replaced by one without `F`, which holds no file and runs the peer's own.
 fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
     let unregister = |own: &Own| -> anyhow::Result<()> {
         let name = own.name();
-        // What stands in for it, if somebody was killed while moving it.
+        // Its stand-in, if a process was killed while moving it.
         let stand_in = stand_in_of(name);
         if is_name(&stand_in) {
             table.unregister(&stand_in)?;
@@ -527,11 +526,11 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
     )
 }
 
-/// Where this distro's services were started before it had this program, as when that is installed
-/// while the distro runs, writes down what they have registered. At boot they have not been started.
+/// Records what the services have registered if they were started before this program was
+/// installed. At boot they have not been started yet.
 ///
 /// # Errors
-/// Something cannot be read, or not be written down.
+/// Something cannot be read or recorded.
 pub fn take_over(host: &Host, table: &Table) -> anyhow::Result<()> {
     for unit in Unit::ALL {
         let mut record = Record::read(host, unit)?;
@@ -541,10 +540,10 @@ pub fn take_over(host: &Host, table: &Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes down which names others have before a service registers its own.
+/// Records the names that others have registered, before a service registers its own.
 ///
 /// # Errors
-/// The table cannot be listed, or a record not be read, or the file not be written.
+/// The table cannot be listed, a record cannot be read, or the file cannot be written.
 pub fn note_before(host: &Host, table: &Table) -> anyhow::Result<()> {
     let records = Record::read_all(host)?;
     let own = |name: &String| {

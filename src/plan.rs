@@ -1,9 +1,9 @@
-//! What to emit for a WSL2 distro: configuration in, list of files and links out; nothing is
-//! touched here. The texts are the templates in `units/`, named as they are emitted.
+//! What to emit for a WSL2 distro: configuration in, list of files and links out, no I/O. The texts
+//! are the templates in `units/`, which have the names of the files that they become.
 
 use crate::wsl_conf::WslConf;
 
-/// Something below the output directory.
+/// A file or link to emit.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// A unit or drop-in, from its template.
@@ -17,34 +17,34 @@ pub enum Output {
     Link {
         /// Its path below the output directory.
         path: &'static str,
-        /// The text of the link.
+        /// The target of the link.
         target: &'static str,
-        /// The file, earlier in the plan, without which the link would do harm: a unit that it
-        /// enables, or a drop-in that does what is masked in a better way.
+        /// The file, earlier in the plan, without which the link would do harm: the unit that it
+        /// enables, or the drop-in that replaces the masked one.
         needs: &'static str,
     },
 }
 
-/// What to emit.
+/// Everything to emit.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
-    /// Everything that goes below the output directory.
+    /// The files and links below the output directory.
     pub outputs: Vec<Output>,
 }
 
-/// What stands beside our output and bears on it.
+/// The files of others that affect our output.
 #[derive(Debug, Default)]
 pub struct Neighbors {
-    /// WSL's own generator is there. WSL 2.5.7 to 2.8.8 emits with it drop-ins `override.conf`,
-    /// which register the entry anew, without `F` and with a gap.
+    /// Whether WSL's own generator exists. In WSL 2.5.7 to 2.8.8 it emits drop-ins `override.conf`,
+    /// which register the entry again, without `F` and with a gap.
     pub wsl_generator: bool,
-    /// The admin or the vendor has an `override.conf` for systemd-binfmt.service.
+    /// Whether the admin or the vendor has an `override.conf` for systemd-binfmt.service.
     pub systemd_binfmt_override: bool,
     /// The same for binfmt-support.service.
     pub binfmt_support_override: bool,
-    /// The vendor's `wsl.conf` for systemd-binfmt.service, empty where there is none.
+    /// The vendor's `wsl.conf` for systemd-binfmt.service; empty if there is none.
     pub vendor_wsl_conf: String,
-    /// The admin has one of that name.
+    /// Whether the admin has a file of that name.
     pub local_wsl_conf: bool,
 }
 
@@ -57,7 +57,7 @@ macro_rules! file {
     };
 }
 
-/// The link by which a unit is started with another one.
+/// The link that makes one unit want another.
 macro_rules! wanted {
     ($by:literal, $unit:literal) => {
         Output::Link {
@@ -68,9 +68,9 @@ macro_rules! wanted {
     };
 }
 
-/// Decides what a WSL2 distro with this wsl.conf gets. `interop.enabled=false` leaves out what
-/// restores the entry; what protects it stays, since the table belongs to all distros of the VM.
-/// Drop-ins that undo what is emitted are masked; those of the admin never.
+/// Decides what to emit for a WSL2 distro with this wsl.conf. `interop.enabled=false` leaves out
+/// what restores the entry, but not what protects it, since all distros of the VM share the table.
+/// Drop-ins that would undo the output are masked, except those of the admin.
 pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
     if !conf.protect_binfmt {
         return Plan::default();
@@ -110,11 +110,11 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
     Plan { outputs }
 }
 
-/// Whether a drop-in is the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to save interop
-/// from systemd-binfmt, and nothing else: <https://github.com/ubuntu/wsl-setup/issues/11>.
+/// Whether a drop-in is exactly the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to protect
+/// interop from systemd-binfmt: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
     let blanks = [' ', '\t'];
-    // All of these end a line to systemd.
+    // To systemd, each of these ends a line.
     let mut said = drop_in
         .split(['\n', '\r', '\0'])
         .map(|line| line.trim_matches(blanks))

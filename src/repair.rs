@@ -1,5 +1,6 @@
-//! Makes Windows programs go to /init, and own rules stand: at once by a stand-in that is in nobody's
-//! way, and for good by `settle`. Nobody's launch fails in between, for at no instant is there none.
+//! Repairs the table, so that Windows programs go to /init and own rules are registered: at once by
+//! a stand-in that is in nobody's way, then for good by `settle`. No launch fails in between,
+//! because there is always one entry or the other.
 
 use anyhow::{bail, Context, Error};
 
@@ -9,18 +10,18 @@ use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::machine;
 use crate::own::{Missing, Record};
 
-/// Has a stand-in take Windows programs if they go to nobody or to somebody else, and says so. The
-/// entry itself is left to `settle`: others may be about to register that name.
+/// Registers the stand-in if Windows programs do not go to /init, and returns what was done. The
+/// entry itself is left to `settle`, as others may be about to register that name.
 ///
 /// # Errors
-/// The table cannot be read; /init is missing; or the kernel does not do as it is told.
+/// The table cannot be read; /init is missing; or the kernel refuses something.
 pub fn cover(host: &Host, table: &Table) -> anyhow::Result<Option<String>> {
     if !interop::needs_stand_in(&table.entries()?) {
         return Ok(None);
     }
     let _lock = table.lock();
     let entries = table.entries()?;
-    // Somebody else of ours was quicker.
+    // Another of our processes was quicker.
     if !interop::needs_stand_in(&entries) {
         return Ok(None);
     }
@@ -28,11 +29,11 @@ pub fn cover(host: &Host, table: &Table) -> anyhow::Result<Option<String>> {
     stand_in(host, table, &entries)?;
     let who = rivals.unwrap_or("nobody".to_owned());
     Ok(Some(format!(
-        "Windows programs went to {who}, now to {STAND_IN} until all is quiet"
+        "Windows programs went to {who}; {STAND_IN} takes them until the table is quiet"
     )))
 }
 
-/// Puts the stand-in first, unless it is before all rivals already.
+/// Puts the stand-in first, unless it already is.
 fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()> {
     require_init(host)?;
     let first = interop::first(entries);
@@ -46,28 +47,28 @@ fn stand_in(host: &Host, table: &Table, entries: &[Listed]) -> anyhow::Result<()
 fn require_init(host: &Host) -> anyhow::Result<()> {
     if !machine::has_init(host) {
         let init = host.path(INIT);
-        bail!("{init}: no executable file that is mounted, so this is no WSL2 distro");
+        bail!("{init}: not an executable file that WSL has mounted, so this is not a WSL2 distro");
     }
     Ok(())
 }
 
-/// What `settle` came to.
+/// The result of `settle`.
 #[derive(Default)]
 pub struct Settled {
-    /// What was done, in words; nothing, mostly.
+    /// What was done, in words; usually nothing.
     pub deeds: Vec<String>,
-    /// What could not be, and why.
+    /// What failed, and why.
     pub problems: Vec<Error>,
-    /// What this distro's own rules are could not be read: nothing was done about them.
+    /// Whether the records of own rules could not be read, so that nothing was done about these.
     pub unread: bool,
 }
 
-/// What one look at the table is not enough to judge.
+/// What takes more than one look at the table to judge.
 #[derive(Default)]
 pub struct Pending {
-    /// Rules of others that came behind, which their owner may be about to put ahead.
+    /// Misplaced rules of others, whose owner may be about to put them ahead.
     foreign: Vec<String>,
-    /// Own rules that are missing: removed on purpose, or being registered anew by somebody.
+    /// Missing own rules: removed on purpose, or just being registered again by somebody.
     missing: Missing,
 }
 
@@ -83,11 +84,11 @@ impl Pending {
     }
 }
 
-/// Makes all be as it should: own rules stand, as `Record::heal` has it after a `flush`; WSLInterop
-/// stands as WSL registered it, ahead of all that take ordinary Windows programs, and behind those
-/// with a longer magic; nothing stands in for it any more. An entry with `F` is moved by its owner
-/// only, whose file it holds; one without by others too, if it was `pending` already, or at once where
-/// that is none. Unless all is `quiet`, a stand-in stays.
+/// Puts the table in order. Own rules are registered, see `Record::heal`. WSLInterop is registered
+/// as WSL has it, ahead of all entries that take ordinary Windows programs, and behind those with a
+/// longer magic. The stand-in is removed, if the table is `quiet`. An entry with `F` is moved only
+/// by its owner, whose file it holds; one without `F` by others too, if it was `pending` before, or
+/// at once without `pending`.
 pub fn settle(
     host: &Host,
     table: &Table,
@@ -132,7 +133,7 @@ pub fn settle(
     settled
 }
 
-/// Removes the stand-in, which WSLInterop makes superfluous.
+/// Removes the stand-in, if WSLInterop is in place.
 fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     let mut entries = table.entries()?;
     let stand_in = interop::find(&entries, STAND_IN);
@@ -141,22 +142,22 @@ fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     }
     entries.retain(|listed| listed.name != STAND_IN);
     if interop::needs_stand_in(&entries) {
-        bail!("{NAME} went again at once, so {STAND_IN} stays");
+        bail!("{NAME} was removed again at once, so {STAND_IN} stays");
     }
     table.unregister(STAND_IN)?;
-    let deed = format!("removed {STAND_IN}, which {NAME} makes superfluous");
+    let deed = format!("removed {STAND_IN}, no longer needed beside {NAME}");
     settled.deeds.push(deed);
     Ok(())
 }
 
-/// Makes the entry stand, with its flags and ahead of its rivals.
+/// Registers the entry, with its flags and ahead of its rivals.
 fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     let entries = table.entries()?;
     match interop::find(&entries, NAME) {
         Some(entry) => {
             if let Some(fault) = interop::fault(entry) {
                 table.unregister(STAND_IN)?;
-                bail!("{NAME} {fault}: somebody made it so, left alone");
+                bail!("{NAME} {fault}: somebody changed it, leaving it alone");
             }
             let rivals = interop::rivals_ahead(&entries);
             let lost = !interop::has_flags(entry);
@@ -165,7 +166,7 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
                 table.unregister(NAME)?;
                 table.register(&interop::wanted().rule(NAME))?;
                 settled.deeds.push(match lost {
-                    true => format!("{NAME} had the flags '{}', registered it anew", entry.flags),
+                    true => format!("{NAME} had flags '{}', registered it again", entry.flags),
                     false => format!(
                         "{} took Windows programs, put {NAME} first",
                         rivals.join(", ")
@@ -179,7 +180,7 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
                 Ok(()) => settled
                     .deeds
                     .push(format!("{NAME} was missing, registered it")),
-                // A peer without our lock was quicker: what counts is what stands there now.
+                // A peer without our lock was quicker: check what is registered now.
                 Err(error) if table.read(NAME)?.is_none() => return Err(error),
                 Err(_) => {}
             }
@@ -187,17 +188,17 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
     }
     let standing = table.read(NAME)?;
     if !standing.is_some_and(|e| interop::fault(&e).is_none() && interop::has_flags(&e)) {
-        bail!("{NAME}: registered, but not as it was when read back");
+        bail!("{NAME}: registered, but reads back differently");
     }
     if table.read(LATE)?.is_some_and(|e| e.interpreter == INIT) {
         table.unregister(LATE)?;
-        let deed = format!("removed {LATE}, which {NAME} makes superfluous");
+        let deed = format!("removed {LATE}, not needed beside {NAME}");
         settled.deeds.push(deed);
     }
     Ok(())
 }
 
-/// Finishes what somebody was killed at who put one ahead.
+/// Finishes the work of a process that was killed while it put an entry ahead.
 fn finish(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     let entries = table.entries()?;
     for (name, left) in interop::unfinished(&entries) {
@@ -208,13 +209,13 @@ fn finish(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
             table.register(&left.entry.rule(name))?;
         }
         table.unregister(&left.name)?;
-        let deed = format!("removed {}, which {name} makes superfluous", left.name);
+        let deed = format!("removed {}, no longer needed beside {name}", left.name);
         settled.deeds.push(deed);
     }
     Ok(())
 }
 
-/// Puts those ahead whose magic is longer.
+/// Puts the entries with a longer magic ahead.
 fn put_ahead(
     table: &Table,
     records: &mut [Record],
@@ -256,24 +257,27 @@ fn put_ahead(
     Ok(())
 }
 
-/// The entry's inode when all was settled last: with another one, it went in between.
+/// Records the entry's inode after the table was settled. Another inode later means that the entry
+/// was removed in between.
 pub fn note_interop(host: &Host, table: &Table) -> anyhow::Result<()> {
-    // Others of this distro may be at it, too.
+    // Other processes of this distro may be doing the same.
     let _lock = table.lock();
     let inode = table.inode(NAME)?.unwrap_or_default().to_string();
     match host.text(INTEROP) == inode {
         true => Ok(()),
-        false => host.write(INTEROP, &inode).context("noting the entry"),
+        false => host
+            .write(INTEROP, &inode)
+            .context("recording the entry's inode"),
     }
 }
 
-/// Whether the entry has gone since it was noted.
+/// Whether the entry has been removed since its inode was recorded.
 pub fn interop_went(host: &Host, table: &Table) -> bool {
     match host.own_text(INTEROP).map(|noted| noted.parse::<u64>()) {
         Ok(Ok(noted)) => table.inode(NAME).ok() != Some(Some(noted)),
-        // It was not noted yet.
+        // Not recorded yet.
         Ok(Err(_)) => false,
-        // It may well have gone.
+        // Unknown, so assume it.
         Err(_) => true,
     }
 }

@@ -1,5 +1,5 @@
-//! Templates to a directory. A template is what systemd gets, but for this program's path: `@EXE@`
-//! is that as a command line wants it, `@SOURCE@` as `SourcePath=` does.
+//! Writes templates to a directory. A template is the final text except for this program's path:
+//! `@EXE@` is the path escaped for a command line, `@SOURCE@` for `SourcePath=`.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -14,13 +14,13 @@ use nix::unistd::{linkat, symlinkat, unlinkat, UnlinkatFlags};
 
 use crate::plan::{Output, Plan};
 
-/// Writes all of the plan below `directory`, which is made unless it is there. What stands in the
-/// way of one output keeps only those from being written that need it: every error is returned.
-/// No link is followed, so that nothing leads outside; also `directory` itself must not be one,
-/// since systemd makes a real directory.
+/// Writes the plan below `directory`, which is created if necessary. If an output cannot be
+/// written, only those that need it are left out as well. Returns all such errors. No link is
+/// followed, so that nothing is written outside; `directory` must not be a link either, since
+/// systemd creates a real directory.
 ///
 /// # Errors
-/// There is no such directory, and so nothing was written.
+/// The directory cannot be opened, and nothing was written.
 pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Result<Vec<Error>> {
     let top = open_directory(AT_FDCWD, directory.as_str())
         .or_else(|error| match error {
@@ -31,7 +31,7 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
             error => Err(io::Error::from(error)),
         })
         .with_context(|| {
-            format!("opening {directory}, which must be a directory and no link to one")
+            format!("opening {directory}, which must be a real directory, not a link")
         })?;
     let mut errors = Vec::new();
     let mut written = Vec::new();
@@ -55,20 +55,20 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
     Ok(errors)
 }
 
-/// A template with its placeholders filled in.
+/// Fills in the placeholders of a template.
 pub fn fill(template: &str, exe: &Utf8Path) -> String {
     template
         .replace("@EXE@", &escape_command(exe))
         .replace("@SOURCE@", &escape_value(exe))
 }
 
-/// A program's path as the first word of `ExecStart=`: what would end the word or open a quote is
-/// written as an escape (systemd.syntax(7)).
+/// Escapes a program's path for the first word of `ExecStart=`: whatever would end the word or open
+/// a quote (systemd.syntax(7)).
 fn escape_command(exe: &Utf8Path) -> String {
     let mut word = String::new();
     for c in exe.as_str().chars() {
         match c {
-            // The last of them would be a placeholder's.
+            // '@' could be part of a placeholder.
             '\\' | '"' | '\'' | '@' => word.push_str(&format!("\\x{:02x}", c as u32)),
             c if c.is_ascii_whitespace() || c.is_ascii_control() => {
                 word.push_str(&format!("\\x{:02x}", c as u32));
@@ -79,8 +79,8 @@ fn escape_command(exe: &Utf8Path) -> String {
     escape_specifiers(&word)
 }
 
-/// A program's path as the value of a setting, where nothing else can be escaped. What would end
-/// the line, go on in the next or be cut, is left out: the setting is there for people.
+/// Escapes a program's path for the value of a setting, where only `%` can be escaped. A path that
+/// would end or continue the line, or lose its end, is left out: the setting is only for people.
 fn escape_value(exe: &Utf8Path) -> String {
     let path = exe.as_str();
     if path.contains(char::is_control) || path.ends_with(['\\', ' ']) {
@@ -89,13 +89,13 @@ fn escape_value(exe: &Utf8Path) -> String {
     escape_specifiers(path)
 }
 
-/// `%` begins a specifier almost everywhere in a unit (systemd.unit(5)).
+/// Escapes `%`, which begins a specifier almost everywhere in a unit (systemd.unit(5)).
 fn escape_specifiers(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// The file appears whole or not at all, and never in place of another one. If it is there already
-/// and says the same, an earlier run was killed after it.
+/// Creates a file whole or not at all, and never replaces one. An existing file with the same text
+/// is fine: an earlier run was killed after writing it.
 fn create_file(top: &OwnedFd, path: &str, text: &str) -> anyhow::Result<()> {
     let (directory, name) = open_parent(top, path)?;
     let unfinished = format!(".{name}.unfinished");
@@ -103,7 +103,7 @@ fn create_file(top: &OwnedFd, path: &str, text: &str) -> anyhow::Result<()> {
         Ok(()) | Err(Errno::ENOENT) => Ok(()),
         Err(error) => Err(io::Error::from(error)).context(format!("removing {unfinished}")),
     };
-    // What a killed run has left, or what somebody has put there to lead us elsewhere.
+    // Left by a killed run, or put there by somebody to lead us elsewhere.
     remove()?;
     let result = write_new(&directory, &unfinished, text).and_then(|()| {
         let none = AtFlags::empty();
@@ -126,7 +126,7 @@ fn write_new(directory: &OwnedFd, name: &str, text: &str) -> io::Result<()> {
 /// Whether a regular file of that name has this text.
 fn says(directory: &OwnedFd, name: &str, text: &str) -> bool {
     let read = || -> io::Result<bool> {
-        // A FIFO that nobody writes to must not hold us up.
+        // Do not wait for a writer if it is a FIFO.
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let file = File::from(openat(directory, name, flags, Mode::empty())?);
         let mut there = String::new();
@@ -146,7 +146,7 @@ fn create_link(top: &OwnedFd, path: &str, target: &str) -> anyhow::Result<()> {
     }
 }
 
-/// The directory that a path is in, which is made unless it is there, and its name in that.
+/// Opens the directory of a path, creating it if necessary. Returns it and the name in it.
 fn open_parent<'a>(top: &OwnedFd, path: &'a str) -> anyhow::Result<(OwnedFd, &'a str)> {
     let (parent, name) = path.split_once('/').unwrap_or((".", path));
     let open = || -> io::Result<OwnedFd> {
@@ -158,7 +158,7 @@ fn open_parent<'a>(top: &OwnedFd, path: &'a str) -> anyhow::Result<(OwnedFd, &'a
     Ok((open().with_context(|| format!("opening {parent}"))?, name))
 }
 
-/// A directory to work in, and no link to one.
+/// Opens a directory to work in, unless it is a link.
 fn open_directory(from: impl AsFd, path: &str) -> nix::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     openat(from, path, flags, Mode::empty())

@@ -1,8 +1,8 @@
-//! Where are we? Facts in, verdict out; no file is read here. The order follows cost: what
-//! systemd says in the environment first, files only if that leaves the question open.
+//! Where does this run? Facts in, verdict out; no file is read here. The cheapest facts come first:
+//! the environment from systemd, then files, only if that leaves the question open.
 
-/// What systemd says in a generator's environment (systemd.generator(7); before 251 it is
-/// silent), and PID 1's own `container=`, which generators inherit.
+/// What systemd 251 and later says in a generator's environment (systemd.generator(7)), and PID 1's
+/// own `container=`, which generators inherit.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
     /// `$SYSTEMD_SCOPE`: `system` or `user`.
@@ -13,39 +13,39 @@ pub struct Environment {
     pub virtualization: Option<String>,
     /// `$container`: `wsl` from WSL, something else from a container manager.
     pub container: Option<String>,
-    /// The output goes below `$XDG_RUNTIME_DIR`, as only a user manager's does.
+    /// Whether the output goes below `$XDG_RUNTIME_DIR`, as only a user manager's does.
     pub below_user_runtime_directory: bool,
 }
 
 /// What the machine's files say.
 #[derive(Debug, Clone, Default)]
 pub struct Files {
-    /// /etc/initrd-release is there, the initrd's mark.
+    /// Whether /etc/initrd-release exists, the mark of an initrd.
     pub initrd_release: bool,
     /// The kernel's release, as `uname -r` prints it.
     pub osrelease: String,
-    /// `container=` of PID 1's environment.
+    /// `container=` in PID 1's environment.
     pub pid1_container: Option<String>,
-    /// A container manager left one of its marks.
+    /// Whether there is a mark of a container manager.
     pub container_marker: bool,
-    /// /init is an executable file that WSL has mounted.
+    /// Whether /init is an executable file that WSL has mounted.
     pub init: bool,
-    /// The guard has been here since the distro started.
+    /// Whether the guard has run since the distro started.
     pub guarded: bool,
 }
 
 /// Where this system runs.
 #[derive(Debug, PartialEq)]
 pub enum Verdict {
-    /// A distro of WSL2: the only place where anything is to be done.
+    /// A WSL2 distro, the only place with anything to do.
     Wsl2,
-    /// The manager of one user.
+    /// A user manager.
     UserManager,
     /// The initrd, before the real root.
     Initrd,
     /// Neither WSL nor a container on it.
     NotWsl,
-    /// A distro of WSL1, which has no systemd and a table for each distro.
+    /// A WSL1 distro: no systemd, and a table of its own.
     Wsl1,
     /// A container on WSL's kernel.
     Container,
@@ -54,23 +54,23 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The verdict in words, for messages.
+    /// The verdict as a clause, for messages.
     pub fn reason(&self) -> &'static str {
         match self {
             Verdict::Wsl2 => "this is a WSL2 distro",
-            Verdict::UserManager => "this is the manager of one user",
+            Verdict::UserManager => "this is a user manager",
             Verdict::Initrd => "this is the initrd",
             Verdict::NotWsl => "this is not WSL",
             Verdict::Wsl1 => "this is WSL1, which neither runs systemd nor shares its table",
             Verdict::Container => "this is a container on WSL's kernel",
             Verdict::NoInit => {
-                "this is WSL2's kernel, but /init is not WSL's: no executable file that is mounted"
+                "this is WSL2's kernel, but /init is not an executable file that WSL has mounted"
             }
         }
     }
 }
 
-/// Decides; `files` is called only if the environment does not settle it.
+/// Decides where this runs. `files` is called only if the environment does not settle it.
 pub fn verdict(environment: &Environment, files: impl FnOnce() -> Files) -> Verdict {
     if let Some(verdict) = from_environment(environment) {
         return verdict;
@@ -93,12 +93,12 @@ pub fn verdict(environment: &Environment, files: impl FnOnce() -> Files) -> Verd
     if release.starts_with("4.4.0-") && release.ends_with("-microsoft") {
         return Verdict::Wsl1;
     }
-    // A distro made from an exported container keeps that container's marks; WSL's own word counts
-    // for more.
+    // A distro made from an exported container keeps that container's marks, so WSL's own word
+    // takes precedence.
     if !said_by_wsl && (container.is_some() || files.container_marker) {
         return Verdict::Container;
     }
-    // A soft-reboot unmounts /init. The entry still works then, and the guard's mount stands.
+    // A soft-reboot unmounts /init. The entry still works then, and the guard's mount stays.
     if !files.init && !files.guarded {
         return Verdict::NoInit;
     }
@@ -114,7 +114,7 @@ fn from_environment(environment: &Environment) -> Option<Verdict> {
     if environment.in_initrd.as_deref() == Some("1") {
         return Some(Verdict::Initrd);
     }
-    // systemd looks at the kernel's name first, so on WSL a container is container:wsl, too.
+    // systemd checks the kernel's name first, so on WSL a container is container:wsl, too.
     match environment.virtualization.as_deref() {
         None | Some("container:wsl") => None,
         Some(_) => Some(Verdict::NotWsl),

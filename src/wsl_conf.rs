@@ -1,10 +1,11 @@
-//! /etc/wsl.conf, read as WSL reads it: it stops at the first line that it refuses, and what it
-//! read before counts. rust-ini's own parser takes more than WSL does, and some of it differently, so
-//! only its `Ini` is used, filled here. `tests/wsl-conf-cases.json` is the contract.
+//! /etc/wsl.conf, read as WSL reads it: WSL stops at the first line that it does not accept, and
+//! what comes before counts. rust-ini's own parser accepts more than WSL does, and reads some of it
+//! differently, so only its `Ini` is used, filled here. `tests/wsl-conf-cases.json` is the
+//! contract.
 
 use ini::Ini;
 
-/// What this project needs of wsl.conf, and where WSL gives up reading it.
+/// The settings of wsl.conf that matter here, and where WSL stops reading it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WslConf {
     /// `[boot] protectBinfmt=`: whether the distro wants its interop protected.
@@ -13,12 +14,12 @@ pub struct WslConf {
     pub interop_enabled: bool,
     /// The line, from 1, at which WSL stops reading.
     pub refused_line: Option<usize>,
-    /// Whether it is so long that not all of it was read.
+    /// Whether the file was too long to be read whole.
     pub cut: bool,
 }
 
-/// In bytes. WSL reads files of any length, but nobody writes a wsl.conf this long: reading stops
-/// here, so that a huge file cannot delay the boot.
+/// The most that is read, in bytes. WSL reads files of any length, but nobody writes a wsl.conf
+/// this long, and a huge file must not delay the boot.
 const LONGEST: usize = 64 << 10;
 
 impl Default for WslConf {
@@ -33,7 +34,7 @@ impl Default for WslConf {
 }
 
 impl WslConf {
-    /// As much of it as decides what a distro gets, as a wsl.conf.
+    /// These settings as the text of a wsl.conf.
     pub fn text(&self) -> String {
         let WslConf {
             protect_binfmt,
@@ -44,8 +45,8 @@ impl WslConf {
     }
 }
 
-/// Reads the bytes of a wsl.conf. Every input has a meaning to WSL; bytes that are not ASCII are
-/// ordinary characters of a value.
+/// Parses a wsl.conf. Every input has a meaning to WSL; bytes that are not ASCII are ordinary
+/// characters of a value.
 pub fn parse(bytes: &[u8]) -> WslConf {
     let lines = whole_lines(bytes);
     let mut reader = Reader::new(lines);
@@ -59,7 +60,7 @@ pub fn parse(bytes: &[u8]) -> WslConf {
     }
 }
 
-/// As many lines as are read of a file.
+/// The whole lines within the limit.
 fn whole_lines(bytes: &[u8]) -> &[u8] {
     let Some((start, [_, ..])) = bytes.split_at_checked(LONGEST) else {
         return bytes;
@@ -79,7 +80,7 @@ fn boolean(value: Option<&str>) -> Option<bool> {
     }
 }
 
-/// WSL came to something that it does not take.
+/// WSL does not accept the input at this place.
 struct Refused;
 
 /// Follows WSL's `ParseConfigFile` character by character.
@@ -87,8 +88,8 @@ struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
     section: Option<String>,
-    /// Names of sections and keys in lower case, since WSL compares them without. Of a key's values
-    /// `Ini` gives the first, which counts for WSL, too, even where it makes no sense.
+    /// The settings, with sections and keys in lower case, since WSL ignores case. If a key is
+    /// repeated, `Ini` returns the first value, which also counts for WSL, even if it is invalid.
     settings: Ini,
 }
 
@@ -120,13 +121,13 @@ impl Reader<'_> {
         }
     }
 
-    /// The line that is being read, from 1.
+    /// The number of the current line, from 1.
     fn line(&self) -> usize {
         let before = self.bytes.get(..self.at).unwrap_or_default();
         1 + before.iter().filter(|b| **b == b'\n').count()
     }
 
-    /// Reads all that WSL takes.
+    /// Reads as far as WSL does.
     fn read(&mut self) -> Result<(), Refused> {
         while let Some(byte) = self.peek() {
             match byte {
@@ -162,7 +163,7 @@ impl Reader<'_> {
         }
         self.skip_while(is_blank);
         let value = self.value()?;
-        // WSL passes it on as a C string.
+        // WSL passes it on as a C string, which ends at the first NUL.
         let value = value.split(|b| *b == 0).next().unwrap_or_default();
         let value = String::from_utf8_lossy(value);
         let mut section = self.settings.with_section(self.section.clone());
@@ -170,7 +171,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// A letter, then letters and digits; in lower case.
+    /// Reads a name: a letter, then letters and digits. Returns it in lower case.
     fn name(&mut self) -> Result<String, Refused> {
         if !self.peek().is_some_and(|b| b.is_ascii_alphabetic()) {
             return Err(Refused);
@@ -181,8 +182,8 @@ impl Reader<'_> {
         Ok(String::from_utf8_lossy(name).to_ascii_lowercase())
     }
 
-    /// A value to the end of its line or its comment: quotes taken off, escapes resolved, trailing
-    /// blanks cut unless they were quoted or escaped.
+    /// Reads a value to the end of the line or to a comment: without quotes, with escapes resolved,
+    /// and without trailing blanks unless they were quoted or escaped.
     fn value(&mut self) -> Result<Vec<u8>, Refused> {
         let mut value = Vec::new();
         let mut length_without_blanks = 0;
@@ -202,7 +203,7 @@ impl Reader<'_> {
                         Some(b'b') => value.push(b'\x08'),
                         Some(b'n') => value.push(b'\n'),
                         Some(b't') => value.push(b'\t'),
-                        // The line goes on; after CR LF only the CR is taken, so there it ends.
+                        // The line continues. Of CR LF only the CR is consumed, so the LF ends it.
                         Some(b'\r' | b'\n') => {}
                         _ => return self.refuse_previous(),
                     }

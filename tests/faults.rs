@@ -198,10 +198,10 @@ const GUARD: &[&str] = &[
 
 const CASES: &[Case] = &[
     survived("missing", "rmdir early"),
-    fails("not a directory", "rmdir early; echo x >early", "early, which must be a directory and no link to one: Not a directory", &[""]),
-    fails("a fifo", "rmdir early; mkfifo early", "early, which must be a directory and no link to one: Not a directory", &[""]),
-    fails("a link to elsewhere", "rmdir early; ln -s outside early", "early, which must be a directory and no link to one: Not a directory", &[""]),
-    fails("a link to nowhere", "rmdir early; ln -s outside/new early", "early, which must be a directory and no link to one: Not a directory", &[""]),
+    fails("not a directory", "rmdir early; echo x >early", "early, which must be a real directory, not a link: Not a directory", &[""]),
+    fails("a fifo", "rmdir early; mkfifo early", "early, which must be a real directory, not a link: Not a directory", &[""]),
+    fails("a link to elsewhere", "rmdir early; ln -s outside early", "early, which must be a real directory, not a link: Not a directory", &[""]),
+    fails("a link to nowhere", "rmdir early; ln -s outside/new early", "early, which must be a real directory, not a link: Not a directory", &[""]),
     Case {
         mounts: true,
         ..fails(

@@ -1,5 +1,5 @@
-//! What the doctor goes by: all is read here, once, side by side and under one deadline. Nothing is
-//! judged here. What hangs is left behind in its thread, and holds up nobody.
+//! The doctor's facts: everything is read here once, in parallel and with one deadline, and nothing
+//! is judged. A read that hangs is left behind in its thread.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -33,20 +33,20 @@ use crate::own;
 use crate::verbs::generate::{self, Decision};
 use crate::wsl::{self, Environment, Verdict};
 
-/// Something that was to be found out.
+/// The result of reading something.
 #[derive(Default)]
 pub enum Fact<T> {
-    /// It did not answer in time.
+    /// There was no answer in time.
     #[default]
     Silent,
-    /// It cannot be, for this reason.
+    /// It cannot be read, for this reason.
     Failed(String),
-    /// This is it.
+    /// The value.
     Is(T),
 }
 
 impl<T> Fact<T> {
-    /// What came of reading it.
+    /// The fact that a read resulted in.
     pub fn of(read: anyhow::Result<T>) -> Fact<T> {
         match read {
             Ok(value) => Fact::Is(value),
@@ -54,7 +54,7 @@ impl<T> Fact<T> {
         }
     }
 
-    /// The value, or the finding that there is none. `what` was asked.
+    /// The value, or a finding that it is unknown. `what` names the read.
     pub fn known(&self, check: &'static str, what: &str) -> Result<&T, Finding> {
         Err(match self {
             Fact::Is(value) => return Ok(value),
@@ -67,30 +67,30 @@ impl<T> Fact<T> {
     }
 }
 
-/// All that is known of a machine.
+/// All facts about a machine.
 #[derive(Default)]
 pub struct Facts {
-    /// Where this is. Only of a WSL2 distro more is read.
+    /// Where this runs. The rest is read only in a WSL2 distro.
     pub place: Fact<Place>,
     /// wsl.conf, and what follows from it.
     pub conf: Fact<Decision>,
-    /// Files of systemd's, of ours, and of binfmt.d.
+    /// The files of systemd, of this project, and of binfmt.d.
     pub files: Fact<Files>,
     /// The kernel's table.
     pub table: Fact<Table>,
-    /// What systemd says.
+    /// What systemd says about its units.
     pub units: Fact<Vec<Unit>>,
-    /// The shell that asks.
+    /// The calling shell.
     pub session: Fact<Session>,
 }
 
-/// Puts what was read where it belongs.
+/// Stores the result of a read in the facts.
 pub type Fill = Box<dyn FnOnce(&mut Facts) + Send>;
 
-/// Reads in a thread of its own. Without one there is no answer.
+/// Reads in a new thread. If that cannot be started, there is no answer.
 pub fn in_thread(read: Box<dyn FnOnce() -> Fill + Send>) -> Receiver<Fill> {
     let (tell, told) = channel();
-    // Nobody may listen any more.
+    // The receiver may be gone by then.
     let _ = thread::Builder::new().spawn(move || drop(tell.send(read())));
     told
 }
@@ -105,7 +105,7 @@ macro_rules! reader {
 }
 
 impl Facts {
-    /// Reads all of it, as far as there is an answer until then.
+    /// Reads everything that answers before the deadline.
     pub fn read(host: &Host, deadline: Instant) -> Facts {
         let mut facts = Facts::default();
         let start = |read: fn(Host) -> Fill| {
@@ -127,7 +127,7 @@ impl Facts {
             start(reader!(conf, |host| Ok(generate::decide(host)))),
             start(reader!(files, |host| Ok(Files::read(host)))),
             start(reader!(session, Session::read)),
-            // Last: while it asks the kernel to execute something, no thread can be started.
+            // Last, as no thread can be started during the probe's execveat.
             start(reader!(table, Table::read)),
         ];
         let shown = show.iter().flatten().map(|show| &show.said);
@@ -145,19 +145,19 @@ impl Facts {
     }
 }
 
-/// Where this is.
+/// Where this runs.
 pub struct Place {
-    /// What the generator makes of it.
+    /// The generator's verdict.
     pub verdict: Verdict,
-    /// /init is there.
+    /// Whether /init exists.
     pub has_init: bool,
-    /// WSL's own version, which only root can see.
+    /// The version of WSL, which only root can see.
     pub version: Result<Option<String>, ErrorKind>,
-    /// systemd is PID 1.
+    /// Whether systemd is PID 1.
     pub has_systemd: bool,
-    /// How this program is called by somebody who types.
+    /// The command to type for this program.
     pub command: String,
-    /// The mounts of this shell are known to be others than the distro's.
+    /// Whether this shell is known to have other mounts than the distro.
     pub has_own_mounts: bool,
 }
 
@@ -173,7 +173,7 @@ impl Place {
         };
         Ok(Place {
             has_init: files.init,
-            // The variables of a generator are not those of a shell.
+            // A shell does not have the variables that systemd sets for generators.
             verdict: wsl::verdict(&Environment::default(), || files),
             version: version.map_err(|error| error.kind()),
             has_systemd: host.path(SYSTEMD).exists(),
@@ -183,49 +183,49 @@ impl Place {
     }
 }
 
-/// Files of systemd's, of ours, and of binfmt.d.
+/// The files of systemd, of this project, and of binfmt.d.
 #[derive(Default)]
 pub struct Files {
-    /// The generator where systemd looks for it, the first counting most: its path, the file that
-    /// this leads to, and what systemd makes of it.
+    /// The generator wherever systemd looks for it, highest priority first: its path, the file that
+    /// this resolves to, and what systemd does with it.
     pub generators: Vec<(Utf8PathBuf, Utf8PathBuf, Fate)>,
     /// This program.
     pub executable: Utf8PathBuf,
-    /// What the generator has written, by paths: the text of a file, or `link to` somewhere.
+    /// The generator's output, by path: the text of a file, or `link to` its target.
     pub written: BTreeMap<String, String>,
     /// The rules of binfmt.d.
     pub rules: Vec<Rule>,
     /// Files of binfmt.d that only root can read.
     pub denied: Vec<String>,
-    /// The rules of update-binfmts(8), by name.
+    /// The names of the rules of update-binfmts(8).
     pub formats: Vec<String>,
-    /// What either service has registered, by name, as it was written down then.
+    /// The names of the rules recorded as registered by each service.
     pub recorded: [Vec<String>; 2],
-    /// What overrides units of ours.
+    /// Files that override our units.
     pub above: Vec<String>,
-    /// Drop-ins of any unit: their paths and texts.
+    /// The drop-ins of all units: paths and texts.
     pub drop_ins: Vec<(String, String)>,
-    /// Units that the admin has started by something: their names, paths and texts.
+    /// The units that the admin has enabled: names, paths and texts.
     pub enabled: Vec<[String; 3]>,
-    /// Links to a unit of older WSL, which is gone.
+    /// Links to a unit of older WSL that no longer exists.
     pub dangling: Vec<String>,
 }
 
-/// What systemd makes of a file where it looks for generators.
+/// What systemd does with a file where it looks for generators.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fate {
-    /// It keeps others of its name from being run.
+    /// The file masks other generators of its name.
     Masks,
-    /// It is passed over.
+    /// systemd skips it.
     NotExecutable,
-    /// It is run.
+    /// systemd runs it.
     Runs,
-    /// It is run, and everybody may write to it.
+    /// systemd runs it, and anybody may write to it.
     WritableByAll,
 }
 
 impl Files {
-    /// Reads them. What cannot be read is as if it were empty.
+    /// Reads them, taking a file that cannot be read for an empty one.
     pub fn read(host: &Host) -> Files {
         let mut denied = binfmt_d::files(host);
         denied.retain(|path| {
@@ -288,7 +288,7 @@ impl Files {
         }
     }
 
-    /// Reads what is in a directory of drop-ins, or of links that systemd follows.
+    /// Reads a file in a directory of drop-ins, or of links that enable units.
     fn read_unit(&mut self, host: &Host, directory: &str, file: String) {
         let path = format!("{directory}/{file}");
         let below = host.path(&path);
@@ -297,7 +297,7 @@ impl Files {
         } else if file == "wsl-binfmt.service" && below.is_symlink() && !below.exists() {
             self.dangling.push(path);
         } else if !VENDOR_UNITS.iter().any(|vendor| path.starts_with(vendor)) {
-            // What a timer or a path starts is called as it is.
+            // A timer or a path unit starts the service of its name.
             let stem = file.rsplit_once('.').map_or(&*file, |(stem, _)| stem);
             let service = match stem.split_once('@') {
                 Some((template, _)) => format!("{template}@.service"),
@@ -328,13 +328,13 @@ fn fate(path: &Utf8Path) -> Option<Fate> {
 
 /// The kernel's table.
 pub struct Table {
-    /// The type of the file system in its place.
+    /// The type of the file system that is mounted there.
     pub mounted: Option<String>,
-    /// The entries, the newest first as the kernel tries them; none if it cannot be seen.
+    /// The entries, newest first, as the kernel tries them; none if the table cannot be seen.
     pub entries: Option<Vec<Listed>>,
-    /// What its status file says.
+    /// The text of its status file.
     pub state: String,
-    /// What is mounted on its status file.
+    /// The file that is mounted over its status file.
     pub cover: Option<String>,
     /// What the kernel does with a Windows program.
     pub probe: Probe,
@@ -343,17 +343,17 @@ pub struct Table {
 /// What the kernel does with a file that begins with `MZ`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Probe {
-    /// Some interpreter takes it.
+    /// An interpreter takes it.
     Taken,
-    /// None does: "Exec format error".
+    /// No interpreter does: "Exec format error".
     Refused,
-    /// This kernel cannot be asked.
+    /// This kernel does not tell.
     Unknown,
 }
 
 impl Table {
     fn read(host: &Host) -> anyhow::Result<Table> {
-        // Shells may have other mounts than systemd, whose count; but only root can see them.
+        // A shell may have other mounts than systemd, whose mounts matter; but only root sees those.
         let [distro, own] = MOUNT_INFOS.map(|path| host.path(path));
         let mounts = fs::read_to_string(distro).or_else(|_| fs::read_to_string(own));
         let mounts = mounts.context("reading the list of mounts")?;
@@ -362,7 +362,7 @@ impl Table {
         let table = on_it.as_ref().filter(|on| on.kind == KIND);
         let status = directory.join("status");
         let cover = table.and_then(|table| mounts::within(&mounts, status.as_str(), table));
-        // Whatever else is there is not touched: nobody may serve it.
+        // Any other file system is not touched: it may hang.
         let open = table.and_then(|_| binfmt_misc::Table::open(host).ok());
         Ok(Table {
             mounted: on_it.as_ref().map(|on| on.kind.to_owned()),
@@ -371,16 +371,16 @@ impl Table {
                 None => String::new(),
             },
             entries: open.map(|table| table.entries()).transpose()?,
-            // The file itself covers nothing.
+            // The status file bound over itself covers nothing.
             cover: cover.filter(|on| on.kind != KIND).map(|on| on.root.into()),
             probe: probe(),
         })
     }
 }
 
-/// Asks the kernel, without anything being started: an interpreter could not open a file that is
-/// closed on exec, so the kernel has found one when it says ENOENT, execveat(2). For four bytes
-/// that can be printed it does not go looking for a module.
+/// Asks the kernel without starting anything: an interpreter could not open a close-on-exec file,
+/// so ENOENT means that the kernel has found one, execveat(2). Four printable bytes keep it from
+/// looking for a module.
 fn probe() -> Probe {
     let ask = || -> io::Result<Infallible> {
         let program = memfd_create(c"wsl-binfmt-probe", MFdFlags::MFD_CLOEXEC)?;
@@ -400,31 +400,30 @@ fn probe() -> Probe {
     }
 }
 
-/// The sockets through which /init has a program started on Windows. As WSL has it
-/// (UtilConnectToInteropServer), that of `$WSL_INTEROP`, or if there is none, of the nearest
-/// ancestor.
+/// The sockets through which /init starts a program on Windows. It uses that of `$WSL_INTEROP`, or
+/// else that of the nearest ancestor process (UtilConnectToInteropServer in WSL).
 #[derive(Default)]
 pub struct Session {
-    /// `$WSL_INTEROP`.
+    /// The socket that `$WSL_INTEROP` names.
     pub variable: Option<Socket>,
-    /// That of the nearest ancestor that has one.
+    /// The socket of the nearest ancestor that has one.
     pub inherited: Option<Socket>,
-    /// Another one of WSL's on which somebody listens.
+    /// Any socket of WSL's with a listener.
     pub other: Option<String>,
 }
 
-/// A socket's path, and what is there.
+/// A socket's path and state.
 pub struct Socket {
     /// Its path.
     pub path: String,
-    /// It is there.
+    /// Whether the file exists.
     pub exists: bool,
-    /// Somebody listens on it.
+    /// Whether it has a listener.
     pub is_alive: bool,
 }
 
 impl Session {
-    /// Reads the list of sockets. Connecting would tell too, but also reach WSL, and could hang.
+    /// Reads the list of sockets. Connecting would also tell, but would reach WSL, and could hang.
     ///
     /// # Errors
     /// /proc is not mounted.
@@ -440,7 +439,7 @@ impl Session {
             }
         };
         let of_wsl = |name: String| look(format!("{INTEROP_SOCKETS}/{name}"));
-        // Everybody may make files there. WSL's own are root's, and called `PID_interop`.
+        // Anybody may create files there. WSL's own belong to root, and are named `PID_interop`.
         let is_wsls = |name: &String| {
             let number = name.strip_suffix("_interop").unwrap_or_default();
             let path = host.path(INTEROP_SOCKETS).join(name);
@@ -458,7 +457,7 @@ impl Session {
     }
 }
 
-/// The processes that this one descends from, the nearest first.
+/// The ancestors of this process, nearest first.
 fn ancestors(host: &Host) -> Vec<u32> {
     let parent = |of: &u32| {
         let status = host.text(&format!("/proc/{of}/status"));

@@ -1,4 +1,4 @@
-//! The generator itself: whether systemd finds it and runs it, and whether it has.
+//! The generator itself: whether systemd finds and runs it, and whether its output is current.
 
 use camino::Utf8Path;
 
@@ -10,9 +10,9 @@ use crate::units;
 
 const CHECK: &str = "generator";
 
-/// Judges the file that counts, and what it has written.
+/// Judges the file that systemd runs, and its output.
 pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
-    // systemd passes over what is not executable, and takes the next one.
+    // systemd skips a file that is not executable, and takes the next one.
     let all = &files.generators;
     let used = all
         .iter()
@@ -21,20 +21,20 @@ pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
         return vec![unused(files)];
     };
     if *fate == Fate::Masks {
-        let found = format!("switched off by {path}");
+        let found = format!("masked by {path}");
         return vec![bad(State::Unprotected, found, &["rm", path.as_str()])];
     }
     let mut findings = Vec::new();
     if *fate == Fate::WritableByAll {
-        let found = format!("everybody can write to {path}, and systemd runs it as root");
+        let found = format!("anybody can write to {path}, which systemd runs as root");
         let chmod = ["chmod", "o-w", path.as_str()];
         findings.push(bad(State::Unprotected, found, &chmod));
     }
     if let Some((other, ..)) = all.get(at + 1) {
-        let found = format!("{path} is used in place of {other}, which upgrades would renew");
+        let found = format!("{path} is used instead of {other}, so upgrading that has no effect");
         findings.push(bad(State::Degraded, found, &["rm", path.as_str()]));
     } else if let Some(stale) = stale(files, plan, real) {
-        let found = format!("{path} has not written as it would now: {stale}");
+        let found = format!("the output of {path} is out of date: {stale}");
         findings.push(bad(State::Unprotected, found, &[]));
     }
     if findings.is_empty() {
@@ -43,21 +43,21 @@ pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
     findings
 }
 
-/// Where systemd has none to run.
+/// Judges generators none of which systemd runs.
 fn unused(files: &Files) -> Finding {
     if let Some((path, ..)) = files.generators.first() {
         let found = format!("{path} is not executable");
         return bad(State::Unprotected, found, &["chmod", "755", path.as_str()]);
     }
-    // A copy, since a link could lead to where somebody else may write.
+    // A copy, as a link could point to a place where others may write.
     let [_, etc, ..] = GENERATORS;
     let to = format!("{etc}/{}", env!("CARGO_PKG_NAME"));
     let install = ["install", "-D", "-m", "755", files.executable.as_str(), &to];
-    let found = "not installed where systemd looks for it".to_owned();
+    let found = "not installed where systemd looks for generators".to_owned();
     bad(State::Unprotected, found, &install)
 }
 
-/// What a command mends, if there is one, and after it a daemon-reload.
+/// A finding that a command, if there is one, fixes together with a daemon-reload.
 fn bad(state: State, found: String, command: &[&str]) -> Finding {
     let mut mend: String = command.iter().map(|text| word(text) + " ").collect();
     if !command.is_empty() {
@@ -66,8 +66,8 @@ fn bad(state: State, found: String, command: &[&str]) -> Finding {
     Finding::new(CHECK, state, found).by_root(mend + "systemctl daemon-reload")
 }
 
-/// What is not there, or not as it would be written now: by a generator that was installed or
-/// upgraded since, or with another wsl.conf.
+/// The outputs that are missing or out of date, as the generator has since been installed or
+/// upgraded, or wsl.conf changed.
 fn stale(files: &Files, plan: &Plan, exe: &Utf8Path) -> Option<String> {
     let stale = plan.outputs.iter().filter_map(|output| {
         let (path, text) = match output {

@@ -1,4 +1,4 @@
-//! What advice from the time before this project has left behind, as far as it can be guessed.
+//! Workarounds from before this project, as far as they can be recognized.
 
 use super::facts::Files;
 use super::report::{word, Finding, State};
@@ -29,23 +29,20 @@ pub fn check(files: &Files) -> Vec<Finding> {
         }
     }
     for path in &files.dangling {
-        let found = format!("{path} is a link to a unit of older WSL, which is gone");
+        let found = format!("{path} links to a unit of older WSL that no longer exists");
         findings.push(Finding::note(CHECK, found).by_root(format!("rm {}", word(path))));
     }
     if findings.is_empty() {
-        findings.push(Finding::good(
-            CHECK,
-            "no old workarounds that this knows of",
-        ));
+        findings.push(Finding::good(CHECK, "no old workarounds found"));
     }
     findings
 }
 
-/// Rules that make systemd-binfmt replace the entry, with an instant in which there is none.
+/// Judges rules that make systemd-binfmt replace the entry, with a gap in between.
 fn rules(files: &Files) -> Vec<Finding> {
     let is_wsls = |rule: &&Rule| [NAME, LATE].contains(&&*rule.name) || rule.interpreter == INIT;
     let mut findings = Vec::new();
-    // Those of one file follow each other.
+    // The rules of a file are next to each other.
     for rules in files.rules.chunk_by(|a, b| a.path == b.path) {
         let path = rules.first().map_or("", |rule| &rule.path);
         let (directory, name) = path.rsplit_once('/').unwrap_or_default();
@@ -54,11 +51,11 @@ fn rules(files: &Files) -> Vec<Finding> {
         let found = format!("{path} looks like an old workaround: it replaces {NAME}");
         let finding = Finding::new(CHECK, State::Degraded, found);
         let [etc, run, local, ..] = BINFMT_D;
-        // The admin's goes for good; a package's would come back.
+        // The admin's file can be deleted; a package's would come back, so it is masked.
         findings.extend(match names.len() {
             0 => None,
             some if some < rules.len() => {
-                Some(finding.edit(format!("{path}: delete the rules {}", names.join(", "))))
+                Some(finding.edit(format!("{path}: delete the rules for {}", names.join(", "))))
             }
             _ if [etc, run, local].contains(&directory) => {
                 Some(finding.by_root(format!("rm {}", word(path))))
@@ -73,7 +70,7 @@ fn rules(files: &Files) -> Vec<Finding> {
     findings
 }
 
-/// Whether a unit has a command that registers the entry, or one that takes as much.
+/// Whether a unit has a command that registers the entry, or another one for `MZ`.
 pub fn registers(unit: &str) -> bool {
     let unit = unit.replace("\\\n", " ");
     let mut settings = unit.lines().filter_map(|line| line.trim().split_once('='));

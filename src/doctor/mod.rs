@@ -1,5 +1,5 @@
-//! The doctor: facts are read once (`facts`), judged by functions that touch nothing (a file for
-//! each thing that is looked at), and told (`report`).
+//! The doctor: facts are read once (`facts`), judged by functions that do no I/O (a file for each
+//! subject), and reported (`report`).
 
 pub mod facts;
 mod generator;
@@ -24,8 +24,8 @@ use crate::wsl_conf::WslConf;
 use facts::{Facts, Place};
 use report::{Finding, Report, State};
 
-/// How long all is waited for that does not answer. What is well answers in a few milliseconds, and
-/// on a machine with much else to do in some hundred.
+/// How long to wait for an answer. A healthy machine answers in a few milliseconds, a busy one in a
+/// few hundred.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Examines the machine.
@@ -37,7 +37,7 @@ pub fn examine(host: &Host) -> Report {
     }
 }
 
-/// All findings, in the order in which what mends them is to be done.
+/// All findings, in the order in which to apply their fixes.
 fn judge(facts: &Facts, place: &Place) -> Report {
     match place.verdict {
         Verdict::Wsl2 => {}
@@ -53,22 +53,18 @@ fn judge(facts: &Facts, place: &Place) -> Report {
         findings.push(without_init(place));
     }
     findings.extend(told(conf.map(wsl_conf)));
-    let files = facts
-        .files
-        .known("generator", "reading the files of systemd");
+    let files = facts.files.known("generator", "reading systemd's files");
     let files = files.map_err(|unknown| findings.push(unknown)).ok();
     if let Some(files) = files.filter(|_| place.has_systemd) {
         let plan = known.map_or_else(Plan::default, |decision| decision.plan.clone());
         findings.extend(generator::check(files, &plan));
     } else if !place.has_systemd {
-        let found = "does not run here, so nothing protects Windows programs";
-        let mend = "section [boot]: systemd=true; then wsl.exe --shutdown in Windows";
+        let found = "not running, so nothing protects Windows programs";
+        let mend = "section [boot]: set systemd=true; then run wsl.exe --shutdown in Windows";
         let finding = Finding::new("systemd", State::Unprotected, found);
         findings.push(finding.edit(format!("{WSL_CONF}, {mend}")));
     }
-    let table = facts
-        .table
-        .known("binfmt_misc", "reading the table of programs");
+    let table = facts.table.known("binfmt_misc", "reading the table");
     findings.extend(told(table.map(|table| table::check(table, place))));
     if let Some(files) = files {
         let protect = wanted.is_some_and(|conf| conf.protect_binfmt);
@@ -86,7 +82,7 @@ fn judge(facts: &Facts, place: &Place) -> Report {
     )
 }
 
-/// What the distro does not want, by its wsl.conf, is no fault.
+/// Turns a fault into a note if the distro's wsl.conf asks for that state.
 fn as_wanted(mut finding: Finding, conf: Option<&WslConf>) -> Finding {
     let (protect, interop) = (
         conf.map(|c| c.protect_binfmt),
@@ -107,17 +103,17 @@ fn as_wanted(mut finding: Finding, conf: Option<&WslConf>) -> Finding {
     (finding.state, finding.found) = match wanted {
         Some(_) => (
             State::Note,
-            format!("{}, as wsl.conf has it", finding.found),
+            format!("{}; expected with this wsl.conf", finding.found),
         ),
         None => (
             State::Unknown,
-            format!("{}; wsl.conf may have it so", finding.found),
+            format!("{}; wsl.conf may ask for this", finding.found),
         ),
     };
     finding
 }
 
-/// What counts of wsl.conf until the distro stops.
+/// The settings in effect until the distro stops.
 fn in_force(decision: &Decision) -> &WslConf {
     decision.noted.as_ref().unwrap_or(&decision.conf)
 }
@@ -126,19 +122,20 @@ fn told(known: Result<Vec<Finding>, Finding>) -> Vec<Finding> {
     known.unwrap_or_else(|unknown| vec![unknown])
 }
 
-/// Also after a soft-reboot, which unmounts it. The entry holds the file, and so works still.
+/// Judges a missing /init. After a soft-reboot, which unmounts it, Windows programs still start:
+/// the entry keeps the file open.
 fn without_init(place: &Place) -> Finding {
-    let again = "wsl.exe --shutdown in Windows, then start this distro again".to_owned();
-    let lost = "/init, which starts Windows programs, is not there";
+    let again = "run wsl.exe --shutdown in Windows, then start this distro again".to_owned();
+    let lost = "/init, which starts Windows programs,";
     let (state, found, mend) = match place.verdict {
         Verdict::NoInit => (
             State::Broken,
-            format!("{lost}: this is a distro that has lost it, or a container"),
+            format!("{lost} is missing: this distro has lost it, or this is a container"),
             format!("if this is a distro, {again}"),
         ),
         _ => (
             State::Unprotected,
-            format!("{lost} any more, as after a soft-reboot: nothing can be put back"),
+            format!("{lost} is gone, as after a soft-reboot: nothing can be restored"),
             again,
         ),
     };
@@ -151,15 +148,15 @@ fn platform(place: &Place) -> Finding {
             let found = format!("this is a WSL2 distro; WSL version {version}");
             return Finding::good("platform", found);
         }
-        Ok(None) => "PID 1 has not been told",
+        Ok(None) => "it is not in PID 1's environment",
         Err(ErrorKind::PermissionDenied) => "only root can see it",
-        Err(_) => "PID 1 cannot be looked at",
+        Err(_) => "PID 1's environment cannot be read",
     };
     let found = format!("this is a WSL2 distro; WSL version unknown: {version}");
     Finding::note("platform", found)
 }
 
-/// What was read of wsl.conf.
+/// Judges wsl.conf.
 fn wsl_conf(decision: &Decision) -> Vec<Finding> {
     let check = "wsl.conf";
     let conf = &decision.conf;
@@ -171,8 +168,8 @@ fn wsl_conf(decision: &Decision) -> Vec<Finding> {
     let counts = in_force(decision);
     if counts.text() != conf.text() {
         let found = format!(
-            "{WSL_CONF} has changed: protectBinfmt={}, interop enabled={}; that counts from the \
-             next start of this distro",
+            "{WSL_CONF} has changed: protectBinfmt={}, interop enabled={}; this takes effect at \
+             the next start of this distro",
             conf.protect_binfmt, conf.interop_enabled
         );
         findings.push(Finding::note(check, found));
@@ -186,7 +183,7 @@ fn wsl_conf(decision: &Decision) -> Vec<Finding> {
         let found = "has enabled=false in [interop], so no Windows programs start here";
         findings.push(Finding::note(check, format!("{WSL_CONF} {found}")));
     }
-    // What cannot be read says nothing; the defaults hold, which the warning tells.
+    // If it cannot be read the defaults apply, which the warning below reports.
     if findings.is_empty() && decision.reading != Reading::Failed {
         findings.push(Finding::good(check, "protection and interop are on"));
     }

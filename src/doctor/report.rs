@@ -1,54 +1,54 @@
-//! What `status` says: findings, the verdict that follows from them, and their two forms.
+//! What `status` says: the findings, the verdict that follows from them, and both output formats.
 
 use std::fmt::Write;
 
 use crate::wsl::Verdict;
 
-/// What one check found.
+/// One result of a check.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
     /// The check's name, which scripts may rely on.
     pub check: &'static str,
-    /// What to think of it.
+    /// How serious it is.
     pub state: State,
     /// What was found.
     pub found: String,
-    /// What mends it.
+    /// What fixes it.
     pub mend: Option<Mend>,
 }
 
-/// What to think of a finding, the gravest last.
+/// How serious a finding is, the worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
     /// It is as it should be.
     Good,
-    /// Worth knowing, and no fault.
+    /// Worth knowing, but not a fault.
     Note,
-    /// It could not be found out.
+    /// It could not be checked.
     Unknown,
-    /// Windows programs start, and are protected; something beside them is out of order.
+    /// Windows programs are protected, but something else needs fixing.
     Degraded,
-    /// They start, but something may end that at any time.
+    /// They start, but may stop working at any time.
     Unprotected,
     /// They do not start, or something else gets them.
     Broken,
 }
 
-/// What mends a finding.
+/// What fixes a finding.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mend {
     /// A shell command for root.
     AsRoot(String),
-    /// A shell command for the shell that asked.
+    /// A shell command for the calling shell.
     InShell(String),
-    /// A file to be edited, and how.
+    /// A file to edit, and how.
     Edit(String),
-    /// Something that no command does.
+    /// Something that no command can do.
     ByHand(String),
 }
 
 impl Finding {
-    /// Of any state.
+    /// A finding of any state, without a fix.
     pub fn new(check: &'static str, state: State, found: impl Into<String>) -> Finding {
         Finding {
             check,
@@ -68,66 +68,66 @@ impl Finding {
         Finding::new(check, State::Note, found)
     }
 
-    /// Not to be found out.
+    /// Impossible to check.
     pub fn unknown(check: &'static str, found: impl Into<String>) -> Finding {
         Finding::new(check, State::Unknown, found)
     }
 
-    /// Not to be found out by anybody but root.
+    /// Impossible to check for anybody but root.
     pub fn denied(check: &'static str, path: &str) -> Finding {
         Finding::unknown(check, format!("{path}: only root can read it"))
-            .by_hand("ask again as root, with sudo")
+            .by_hand("run this again as root, with sudo")
     }
 
-    /// The same, with a shell command for root that mends it. What is shown has to be what is run.
+    /// Adds a shell command for root that fixes it. A command that cannot be shown as it would be
+    /// run is not advised.
     pub fn by_root(mut self, command: impl Into<String>) -> Finding {
         let command = command.into();
         if printable(&command) != command {
-            return self.by_hand("remove it; its name cannot be shown: \"ls -b\" shows it escaped");
+            return self.by_hand("remove it; its name is not printable, but \"ls -b\" escapes it");
         }
         self.mend = Some(Mend::AsRoot(command));
         self
     }
 
-    /// The same, with a shell command for the shell that asked.
+    /// Adds a shell command for the calling shell.
     pub fn in_shell(mut self, command: String) -> Finding {
         self.mend = Some(Mend::InShell(command));
         self
     }
 
-    /// The same, with a file to be edited, and how.
+    /// Adds a file to edit, and how.
     pub fn edit(mut self, how: String) -> Finding {
         self.mend = Some(Mend::Edit(how));
         self
     }
 
-    /// The same, with something that no command does.
+    /// Adds something that no command can do.
     pub fn by_hand(mut self, deed: impl Into<String>) -> Finding {
         self.mend = Some(Mend::ByHand(deed.into()));
         self
     }
 }
 
-/// The whole answer.
+/// Everything that `status` says.
 pub struct Report {
-    /// The verdict in a word, for scripts.
+    /// The verdict as a word, for scripts.
     pub verdict: &'static str,
-    /// The verdict in a sentence, for people.
+    /// The verdict as a sentence, for people.
     pub summary: String,
-    /// Whether there is nothing to mend.
+    /// Whether there is nothing to fix.
     pub healthy: bool,
-    /// A line each.
+    /// One line each.
     pub findings: Vec<Finding>,
 }
 
 impl Report {
-    /// The verdict that follows from what was found in a distro that wants Windows programs to
-    /// start, or does not.
+    /// Derives the verdict. `interop` is whether the distro wants Windows programs to start.
     pub fn of(findings: Vec<Finding>, interop: bool) -> Report {
         let worst = findings.iter().map(|finding| finding.state).max();
         let worst = worst.unwrap_or(State::Good);
         let (verdict, summary) = match (worst, interop) {
-            (State::Broken, _) => ("broken", "Windows programs do not start as they should."),
+            (State::Broken, _) => ("broken", "Windows programs do not start properly."),
             (State::Unprotected, true) => (
                 "unprotected",
                 "Windows programs start, but nothing protects them: they may stop working at any \
@@ -135,24 +135,24 @@ impl Report {
             ),
             (State::Unprotected, false) => (
                 "unprotected",
-                "Windows programs are switched off here, and those of other distros may stop \
-                 working at any time.",
+                "Windows interop is switched off here, but Windows programs may stop working in \
+                 other distros at any time.",
             ),
             (State::Degraded, _) => (
                 "degraded",
-                "Windows programs are protected, but something beside them is not in order.",
+                "Windows programs are protected, but something else needs fixing.",
             ),
-            (State::Unknown, _) => ("unknown", "Not everything could be found out."),
-            (_, true) => ("healthy", "Windows programs start, and are protected."),
+            (State::Unknown, _) => ("unknown", "Not everything could be checked."),
+            (_, true) => ("healthy", "Windows programs start and are protected."),
             (_, false) => (
                 "off",
-                "Windows programs are switched off here, and those of other distros are protected.",
+                "Windows interop is switched off here; other distros are protected.",
             ),
         };
         let next = match worst {
             State::Good | State::Note => "",
-            State::Unknown => " See what is said after \"unknown\".",
-            _ => " To fix it, do what is said after \"fix\", from top to bottom.",
+            State::Unknown => " See the lines marked \"unknown\".",
+            _ => " Apply the fixes below, from top to bottom.",
         };
         Report {
             verdict,
@@ -162,7 +162,7 @@ impl Report {
         }
     }
 
-    /// Where the generator has no business.
+    /// The report outside a WSL2 distro.
     pub fn elsewhere(verdict: &Verdict) -> Report {
         let word = match verdict {
             Verdict::NotWsl => "not-wsl",
@@ -180,7 +180,7 @@ impl Report {
         }
     }
 
-    /// For people: the verdict, then a line a finding, and one for what mends it.
+    /// The format for people: the verdict, then a line for each finding, and one for each fix.
     pub fn text(&self, coloured: bool) -> String {
         let mut text = printable(&self.summary) + "\n\n";
         for (at, finding) in self.findings.iter().enumerate() {
@@ -201,7 +201,7 @@ impl Report {
                 let _ = writeln!(text, "{on}{word:7}{off}  {}", rest.trim_end());
             };
             line(word, finding.check, &finding.found);
-            // Done once it need not be done again, and may fail then.
+            // The same fix need not be applied twice, and may fail the second time.
             let mut before = self.findings.iter().take(at);
             if before.any(|earlier| earlier.mend.is_some() && earlier.mend == finding.mend) {
                 line("  fix", "as above", "");
@@ -218,7 +218,7 @@ impl Report {
         }
     }
 
-    /// For scripts: one object on one line, as docs/status.schema.json has it.
+    /// The format for scripts: one object on one line, described by docs/status.schema.json.
     pub fn json(&self) -> String {
         let finding = |finding: &Finding| {
             let state = match finding.state {
@@ -247,7 +247,7 @@ impl Report {
 }
 
 impl Mend {
-    /// How, in a word for scripts, and what.
+    /// How to fix it, as a word for scripts, and what to do.
     fn parts(&self) -> (&'static str, &str) {
         match self {
             Mend::AsRoot(command) => ("run-as-root", command),
@@ -258,15 +258,15 @@ impl Mend {
     }
 }
 
-/// Names in the table and paths are other people's: none of them may play tricks on a terminal, nor
-/// by the direction of what is written.
+/// Masks control characters and changes of text direction: other people choose the names in the
+/// table and the paths, and could use them to trick a terminal or its reader.
 fn printable(text: &str) -> String {
     let tricky = |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
     let mask = |c: char| if c.is_control() || tricky(c) { '?' } else { c };
     text.chars().map(mask).collect()
 }
 
-/// A word of a shell command that is to be run just so, whatever is in a name.
+/// Quotes a name for a shell command, whatever it contains.
 pub fn word(text: impl AsRef<str>) -> String {
     let text = text.as_ref();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._:@+=-".contains(c);
@@ -276,7 +276,7 @@ pub fn word(text: impl AsRef<str>) -> String {
     }
 }
 
-/// A string of JSON, RFC 8259.
+/// Quotes a JSON string, RFC 8259.
 fn quote(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {

@@ -1,4 +1,4 @@
-//! What systemd says of the services that this is about: its own two that write to the table, and
+//! What systemd says about the services that matter here: the two that write to the table, and
 //! ours.
 
 use super::facts::{Fact, Facts, Files};
@@ -8,14 +8,14 @@ use crate::binfmt_misc::Listed;
 use crate::host::{BINFMT_MISC, EARLY};
 use crate::interop::{find, is_reserved};
 
-/// The services, in the order in which they are judged.
+/// The services, in the order in which they are checked.
 pub const UNITS: [&str; 4] = [
     "systemd-binfmt.service",
     "binfmt-support.service",
     "wsl-binfmt-guard.service",
     "wsl-interop-restore.service",
 ];
-/// The drop-in of ours, by which the first two cannot empty the table.
+/// Our drop-in, which keeps the first two from emptying the table.
 const DROP_IN: &str = "10-wsl-interop.conf";
 const RELOAD: &str = "systemctl daemon-reload";
 
@@ -25,8 +25,8 @@ pub fn check(facts: &Facts, files: &Files, protect: bool) -> Vec<Finding> {
         Ok(units) => units,
         Err(unknown) => {
             return vec![unknown.by_hand(match facts.units {
-                Fact::Silent => "wsl.exe --shutdown in Windows, then start this distro again",
-                _ => "ask again as root, with sudo",
+                Fact::Silent => "run wsl.exe --shutdown in Windows, then start this distro again",
+                _ => "run this again as root, with sudo",
             })]
         }
     };
@@ -67,15 +67,15 @@ pub fn check(facts: &Facts, files: &Files, protect: bool) -> Vec<Finding> {
     findings
 }
 
-/// A service that registers rules which are not ours.
+/// A service, not ours, that registers rules.
 struct Registrar<'a> {
     check: &'static str,
     unit: &'a Unit,
-    /// What it is to register: names, and the files that say so.
+    /// The rules that it should register: names, and the files that they are in.
     rules: Vec<(&'a str, &'a str)>,
-    /// What it has registered, as was written down then.
+    /// The rules that are recorded as registered by it.
     recorded: &'a [String],
-    /// What there is in the table, if that can be seen.
+    /// The entries of the table, if it can be read.
     standing: Option<&'a [Listed]>,
     /// A file of rules that only root can read.
     denied: Option<&'a str>,
@@ -86,7 +86,7 @@ impl Registrar<'_> {
         self.standing.is_some_and(|all| find(all, name).is_none())
     }
 
-    /// Whether it does what it is for, which is mostly no more than a note.
+    /// Judges whether it does its job. If it does not, that is mostly just a note.
     fn state(&self) -> Finding {
         let (check, name) = (self.check, self.unit.get("Id"));
         match (self.unit.get("LoadState"), self.denied, self.standing) {
@@ -95,7 +95,7 @@ impl Registrar<'_> {
                 let at_runtime = self.unit.get("FragmentPath").starts_with("/run/");
                 let option = if at_runtime { " --runtime" } else { "" };
                 let start = format!("systemctl unmask{option} {name} && systemctl start {name}");
-                Finding::note(check, "masked: its rules are not registered").by_root(start)
+                Finding::note(check, "masked, so its rules are not registered").by_root(start)
             }
             (_, Some(path), _) => Finding::denied(check, path),
             (_, None, None) => {
@@ -106,7 +106,7 @@ impl Registrar<'_> {
         }
     }
 
-    /// Whether its rules are in the table.
+    /// Judges whether its rules are in the table.
     fn registered(&self) -> Finding {
         let (check, unit, name) = (self.check, self.unit, self.unit.get("Id"));
         let missing = self.rules.iter().filter(|(name, _)| self.is_missing(name));
@@ -127,7 +127,7 @@ impl Registrar<'_> {
             }
             ("active", false) => hint(&not, restart),
             ("failed", true) => hint(&format!("{all}, so it does no harm"), again(name)),
-            // A rule that the kernel does not take has to be edited; after all else a restart helps.
+            // A rule that the kernel refuses has to be edited; for any other cause a restart helps.
             ("failed", false) if check == "systemd-binfmt" && failure(unit).is_none() => {
                 paths.dedup();
                 let paths = paths.join(", ");
@@ -136,7 +136,7 @@ impl Registrar<'_> {
             }
             ("failed", false) => bad(not).by_root(again(name)),
             (_, true) => Finding::good(check, all),
-            // Which one, `systemctl show` does not tell.
+            // `systemctl show` does not say which condition.
             (_, false) if skipped => {
                 let how = format!("\"systemctl status {name}\" names the condition; delete it");
                 let found = format!("skipped by a condition; {not}");
@@ -146,7 +146,7 @@ impl Registrar<'_> {
         }
     }
 
-    /// What nobody would take away when this distro stops.
+    /// Finds rules that would stay registered when this distro stops.
     fn unrecorded(&self) -> Option<Finding> {
         let names = self.rules.iter().map(|(name, _)| *name);
         let unknown = |name: &&str| {
@@ -156,7 +156,7 @@ impl Registrar<'_> {
         let runs = self.unit.get("ActiveState") == "active" && self.standing.is_some();
         (runs && !unknown.is_empty()).then(|| {
             let found = format!(
-                "not written down as this distro's, and may stay when it stops: {}",
+                "not recorded as this distro's, so they may stay after it stops: {}",
                 unknown.join(", ")
             );
             let restart = format!("systemctl restart {}", self.unit.get("Id"));
@@ -164,15 +164,15 @@ impl Registrar<'_> {
         })
     }
 
-    /// Whether the service is kept from emptying the table. What counts is what systemd made of
-    /// all drop-ins.
+    /// Judges whether the service is kept from emptying the table, by what systemd made of all
+    /// drop-ins.
     fn drop_in(&self, files: &Files) -> Option<Finding> {
         let bound = self.unit.binds_over(&format!("{BINFMT_MISC}/status"));
         let unused = ["not-found", "masked"].contains(&self.unit.get("LoadState"));
         if unused || bound {
             return None;
         }
-        // An empty assignment takes back all that came before it.
+        // An empty assignment cancels all previous ones.
         let empties = |line: &str| {
             let (key, value) = line.split_once('=').unwrap_or_default();
             key.trim() == "BindPaths" && value.trim().is_empty()
@@ -186,20 +186,20 @@ impl Registrar<'_> {
         let replaced = others.iter().find(|path| path.ends_with(DROP_IN));
         let culprit = others.iter().rfind(|path| resets(path));
         let bad = |found| Finding::new(self.check, State::Degraded, found);
-        let takes_back = |path| bad(format!("{path} takes back our protection, {DROP_IN}"));
+        let takes_back = |path| bad(format!("{path} overrides our drop-in, {DROP_IN}"));
         Some(match (replaced, culprit) {
             (Some(path), _) => takes_back(path).by_root(format!("{} && {RELOAD}", put_aside(path))),
             (None, Some(path)) => {
                 takes_back(path).edit(format!("{path}: delete \"BindPaths=\"; then {RELOAD}"))
             }
             (None, None) => {
-                bad(format!("our protection, {DROP_IN}, is not loaded")).by_root(RELOAD)
+                bad(format!("systemd has not loaded our drop-in, {DROP_IN}")).by_root(RELOAD)
             }
         })
     }
 }
 
-/// Whatever a unit has failed by, not to be asked to wait.
+/// A restart that also works when the start limit was hit.
 fn again(name: &str) -> String {
     format!("systemctl reset-failed {name} && systemctl restart {name}")
 }
@@ -211,7 +211,7 @@ fn state(unit: &Unit) -> String {
     }
 }
 
-/// What a unit has failed by, if that is nothing of its program's.
+/// Why a unit failed, if its program is not the cause.
 fn failure(unit: &Unit) -> Option<&'static str> {
     match (unit.get("Result"), unit.get("ExecMainStatus")) {
         ("start-limit-hit", _) => Some("started too often in a short time"),
@@ -225,7 +225,7 @@ fn put_aside(path: &str) -> String {
     format!("mv {} {}", word(path), word(format!("{path}.saved")))
 }
 
-/// A service that the generator emits.
+/// Judges a service that the generator writes.
 fn ours(files: &Files, check: &'static str, unit: &Unit) -> Finding {
     let name = unit.get("Id");
     let start = format!("systemctl start {name}");
@@ -236,11 +236,11 @@ fn ours(files: &Files, check: &'static str, unit: &Unit) -> Finding {
             format!("{RELOAD} && {start}"),
         );
     }
-    let mut found = format!("{name} is {}", state(unit));
-    // systemd before 250 shows a mask as /dev/null.
+    let mut found = format!("{name}: {}", state(unit));
+    // systemd before 250 shows only /dev/null for a mask.
     if let Some(path) = files.above.iter().find(|path| path.ends_with(name)) {
         let aside = format!("{} && {RELOAD} && {start}", put_aside(path));
-        return bad(format!("{found}, and overridden by {path}"), aside);
+        return bad(format!("{found}, overridden by {path}"), aside);
     }
     let changed = unit.drop_ins();
     if !changed.is_empty() {
@@ -249,7 +249,7 @@ fn ours(files: &Files, check: &'static str, unit: &Unit) -> Finding {
     let says = unit.get("StatusText");
     match unit.get("ActiveState") {
         "active" if unit.get("NeedDaemonReload") == "yes" => {
-            let found = format!("{found}, but its files have changed since");
+            let found = format!("{found}, but its files have changed since it was loaded");
             Finding::note(check, found).by_root(RELOAD)
         }
         "active" if !says.is_empty() => Finding::note(check, format!("{found}, but says: {says}")),

@@ -1,5 +1,5 @@
-//! What systemd says of its units, by a run of `systemctl show`: the one program that this project
-//! runs, and only for a person who has typed `status`.
+//! What systemd says about its units, from `systemctl show`: the only program that this project
+//! runs, and only for `status`.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -21,29 +21,29 @@ use super::facts::{in_thread, Fact, Fill};
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,Result,ExecMainStatus,StatusText,\
     FragmentPath,DropInPaths,NeedDaemonReload,ConditionResult,ConditionTimestampMonotonic,BindPaths";
 
-/// A unit: its properties as text, whatever order systemctl has them in.
+/// A unit: its properties as text. systemctl prints them in any order.
 #[derive(Clone, Debug, Default)]
 pub struct Unit(pub BTreeMap<String, String>);
 
 impl Unit {
-    /// A property; empty where it has none.
+    /// A property, or an empty text.
     pub fn get(&self, property: &str) -> &str {
         self.0.get(property).map_or("", String::as_str)
     }
 
-    /// The files that change the unit.
+    /// The drop-ins that are in use.
     pub fn drop_ins(&self) -> Vec<&str> {
         self.get("DropInPaths").split_ascii_whitespace().collect()
     }
 
-    /// Whether something is bound over this path for the service.
+    /// Whether the unit binds something over this path.
     pub fn binds_over(&self, path: &str) -> bool {
         let mut binds = self.get("BindPaths").split_ascii_whitespace();
         binds.any(|bind| bind.split(':').nth(1) == Some(path))
     }
 }
 
-/// Units from the output of `systemctl show`: a line each property, an empty one between units.
+/// Parses the output of `systemctl show`: one property per line, an empty line between units.
 pub fn parse(said: &str) -> Vec<Unit> {
     let property = |line: &str| {
         let (name, value) = line.split_once('=')?;
@@ -54,18 +54,18 @@ pub fn parse(said: &str) -> Vec<Unit> {
     units.filter(|unit| !unit.get("Id").is_empty()).collect()
 }
 
-/// A run of systemctl, which ends with this.
+/// A running systemctl, killed when this is dropped.
 pub struct Show {
     child: Pid,
-    /// What it will have said.
+    /// Its output, once it has ended.
     pub said: Receiver<Fill>,
 }
 
 impl Show {
-    /// Asks for all units at once. std's `Command` would add 40 kB to the program.
+    /// Asks about all units at once. std's `Command` would add 40 kB to the program.
     ///
     /// # Errors
-    /// There is no systemctl.
+    /// systemctl cannot be run.
     pub fn start(units: [&'static str; 4]) -> anyhow::Result<Show> {
         let arguments = ["systemctl", "show", "--no-pager", PROPERTIES, "--"];
         let arguments = arguments.into_iter().chain(units).map(CString::new);
@@ -97,7 +97,7 @@ impl Show {
 }
 
 impl Drop for Show {
-    /// Nobody waits for it any longer; mostly it has ended by itself.
+    /// Kills and reaps it, though it has usually ended by then.
     fn drop(&mut self) {
         let _ = kill(self.child, Signal::SIGKILL);
         let _ = waitpid(self.child, None);

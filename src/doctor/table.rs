@@ -1,5 +1,5 @@
-//! The kernel's table: whether it is there, what it does with a Windows program, and who may empty
-//! it.
+//! The kernel's table: whether it is mounted, what it does with a Windows program, and whether it
+//! can be emptied.
 
 use super::facts::{Place, Probe, Table};
 use super::report::{word, Finding, Mend, State};
@@ -9,7 +9,7 @@ use crate::interop::{self, LATE, NAME, STAND_IN};
 
 /// The type of the file system.
 pub const KIND: &str = "binfmt_misc";
-/// What WSL 2.8.9 and later bind over the status file before systemd starts.
+/// The file that WSL 2.8.9 and later binds over the status file before systemd starts.
 const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
 
 /// Judges all of it.
@@ -24,7 +24,7 @@ pub fn check(table: &Table, place: &Place) -> Vec<Finding> {
         return vec![seen.not_mounted(), seen.launch(None)];
     }
     let mut findings = [vec![seen.enabled()], seen.entry()].concat();
-    // What mends that no Windows program starts, if it has been found.
+    // The fix for Windows programs that do not start, if one of these has found the cause.
     let cause = findings.iter().find_map(|finding| finding.mend.clone());
     findings.push(seen.launch(cause));
     findings.extend(seen.claims());
@@ -32,7 +32,7 @@ pub fn check(table: &Table, place: &Place) -> Vec<Finding> {
     findings
 }
 
-/// The table, and where it is.
+/// The table, and the distro that it is seen from.
 struct Seen<'a> {
     table: &'a Table,
     place: &'a Place,
@@ -40,8 +40,8 @@ struct Seen<'a> {
 }
 
 impl Seen<'_> {
-    /// A command that changes mounts, and guards what comes of it; where the distro has its own,
-    /// not all shells are there.
+    /// A command that changes mounts, followed by `guard`. A shell with mounts of its own has to
+    /// run it in the distro's.
     fn then_guard(&self, command: &str) -> String {
         let command = format!("{command}{} guard", self.place.command);
         match self.place.has_own_mounts {
@@ -58,16 +58,13 @@ impl Seen<'_> {
         let mount = format!("mount -t {KIND} {KIND} {BINFMT_MISC}");
         let (found, mend) = match self.table.mounted.as_deref() {
             None => (
-                format!("the table of programs is not mounted on {BINFMT_MISC}"),
+                format!("the table is not mounted on {BINFMT_MISC}"),
                 format!("{mount} && "),
             ),
-            Some(KIND) => (
-                "this shell cannot see the table of programs".to_owned(),
-                "".to_owned(),
-            ),
-            // Below it there may be a table already.
+            Some(KIND) => ("this shell cannot see the table".to_owned(), "".to_owned()),
+            // The table may already be mounted below it.
             Some(kind) => (
-                format!("a file system of type {kind} hides the table of programs"),
+                format!("{kind} is mounted over the table"),
                 format!(
                     "umount -l {BINFMT_MISC} && {{ test -e {BINFMT_MISC}/register || {mount}; }} \
                      && "
@@ -77,22 +74,22 @@ impl Seen<'_> {
         Finding::new(KIND, State::Unprotected, found).by_root(self.then_guard(&mend))
     }
 
-    /// The table as a whole. Where its status file is covered the kernel is asked, and answers
-    /// whenever there is an entry to be used.
+    /// Whether the table as a whole is enabled. If its status file is covered, the kernel's probe
+    /// tells, provided there is an entry that could take it.
     fn enabled(&self) -> Finding {
         let (covered, state) = (self.table.cover.is_some(), self.table.state.as_str());
-        // What the kernel is asked with has no more of a program than its first two bytes.
+        // The probe has only the first two bytes of a Windows program.
         let all = interop::wanted().pattern;
         let takes_any = |listed: &Listed| listed.entry.enabled && listed.entry.pattern == all;
         let refused = self.table.probe == Probe::Refused;
         let contradicted = refused && self.entries.iter().any(takes_any);
         if !contradicted && (covered || state != "disabled") {
-            let unseen = "mounted; whether it is switched on cannot be seen";
+            let unseen = "mounted; cannot tell whether it is enabled";
             return match (covered, self.table.probe) {
                 (false, _) if state != "enabled" => Finding::unknown(KIND, unseen),
                 (true, Probe::Refused) => Finding::note(KIND, format!("{unseen} without an entry")),
                 (true, Probe::Unknown) => Finding::unknown(KIND, unseen),
-                _ => Finding::good(KIND, "the table of programs is mounted and switched on"),
+                _ => Finding::good(KIND, "the table is mounted and enabled"),
             };
         }
         let enable = format!("echo 1 >{BINFMT_MISC}/status && ");
@@ -100,11 +97,11 @@ impl Seen<'_> {
             true => self.then_guard(&format!("umount {BINFMT_MISC}/status && {enable}")),
             false => self.then_guard(&enable),
         };
-        let found = "the table of programs is switched off as a whole, in all distros";
+        let found = "the whole table is disabled, in all distros";
         Finding::new(KIND, State::Broken, found).by_root(mend)
     }
 
-    /// WSL's own entry.
+    /// Judges WSL's own entry.
     fn entry(&self) -> Vec<Finding> {
         let bad = |state, found| Finding::new("entry", state, found).by_root(self.restore());
         let mut of_wsl = self
@@ -113,15 +110,15 @@ impl Seen<'_> {
             .filter(|listed| listed.entry.interpreter == INIT);
         let other = of_wsl.find(|listed| [LATE, STAND_IN].contains(&&*listed.name));
         let own = interop::find(self.entries, NAME);
-        let start = "by which Windows programs start,";
+        let start = "which starts Windows programs,";
         let mut findings = vec![match own.map(|entry| (entry, interop::fault(entry))) {
-            // WSL before 2.6.2 has only the other one, and that will do, mostly.
+            // WSL before 2.6.2 has only the other one, which mostly works.
             None if other.is_some_and(|other| other.entry.enabled) => {
                 bad(State::Degraded, format!("{NAME}, {start} is missing"))
             }
             None => bad(State::Broken, format!("{NAME}, {start} is missing")),
             Some((entry, Some(found))) => {
-                // Switches on what is only switched off, and takes away what is not WSL's.
+                // Enables the entry if it is only disabled; removes it if it is not WSL's.
                 let mut enabled = entry.clone();
                 enabled.enabled = true;
                 let value = if interop::fault(&enabled).is_none() {
@@ -146,7 +143,7 @@ impl Seen<'_> {
         }];
         if let Some(Listed { name, .. }) = other {
             let place = if own.is_some() {
-                "doubles"
+                "duplicates"
             } else {
                 "stands in for"
             };
@@ -155,24 +152,26 @@ impl Seen<'_> {
         findings
     }
 
-    /// Who gets a Windows program.
+    /// Judges which interpreter gets a Windows program.
     fn launch(&self, cause: Option<Mend>) -> Finding {
         let takes = |listed: &&Listed| listed.entry.takes_windows_programs();
         let first = self.entries.iter().find(takes);
         let first = first.map(|listed| (&listed.name, &*listed.entry.interpreter));
         let found = match (first, self.table.probe) {
             (None, Probe::Taken | Probe::Unknown) if self.table.entries.is_none() => {
-                let unseen = "whether Windows programs start cannot be seen";
+                let unseen = "cannot tell whether Windows programs start";
                 return Finding::unknown("launch", unseen);
             }
             (_, Probe::Refused) | (None, _) => {
                 "Windows programs do not start: \"Exec format error\"".to_owned()
             }
             (Some((name, INIT)), _) => {
-                let found = format!("Windows programs start, by {name} ({INIT})");
+                let found = format!("Windows programs start through {name} ({INIT})");
                 return Finding::good("launch", found);
             }
-            (Some((name, other)), _) => format!("{name} ({other}) takes Windows programs"),
+            (Some((name, other)), _) => {
+                format!("Windows programs go to {name} ({other}), not to {INIT}")
+            }
         };
         let mend = cause.or_else(|| Some(Mend::AsRoot(self.restore())));
         Finding {
@@ -181,7 +180,7 @@ impl Seen<'_> {
         }
     }
 
-    /// Everyone else who wants Windows programs, or some of them.
+    /// Judges the other entries that claim Windows programs, or some of them.
     fn claims(&self) -> Vec<Finding> {
         let misplaced = interop::misplaced(self.entries);
         let mut findings = Vec::new();
@@ -192,43 +191,43 @@ impl Seen<'_> {
                 _ if interop::is_reserved(name) && (name == NAME || entry.interpreter == INIT) => {
                     continue
                 }
-                Claim::Ordinary => "wants Windows programs, too",
-                Claim::Longer => "is for some programs that look like Windows programs",
+                Claim::Ordinary => "also claims Windows programs",
+                Claim::Longer => "is for programs that look like Windows programs",
             };
             let found = format!("{name} ({}) {what}", entry.interpreter);
             findings.push(match (misplaced.contains(&listed), entry.enabled) {
                 (true, _) => {
-                    let found = format!("{found}, and does not get them: {NAME} is tried first");
+                    let found = format!("{found}, but does not get them: {NAME} is tried first");
                     Finding::new("claims", State::Degraded, found).by_root(self.restore())
                 }
                 (false, true) => Finding::note("claims", found),
-                (false, false) => Finding::note("claims", format!("{found}; switched off")),
+                (false, false) => Finding::note("claims", format!("{found}; disabled")),
             });
         }
         findings
     }
 
-    /// Who may empty the table from here.
+    /// Judges whether this distro can empty the table.
     fn status_file(&self) -> Finding {
         let check = "status-file";
         let Some(root) = &self.table.cover else {
-            let found = "open: whoever empties the table stops Windows programs in all distros";
+            let found = "writable: emptying the table would stop Windows programs in all distros";
             let finding = Finding::new(check, State::Unprotected, found);
             return finding.by_root(self.then_guard(""));
         };
-        // A path on its file system, which /run mostly is.
+        // A path within its file system, whose root is usually /run.
         let file = root.trim_end_matches("//deleted");
         let is = |path: &str| [path, path.trim_start_matches("/run")].contains(&file);
         let known = [GUARD_FILE, WSL_LOCK].into_iter().find(|path| is(path));
         let found = match known {
             Some(path) => format!("guarded by {path}"),
-            None => format!("covered with {file}, which is neither ours nor WSL's"),
+            None => format!("covered by {file}, which is neither ours nor WSL's"),
         };
-        // Nothing here writes to ours.
+        // Nothing of ours writes to it once it is bound.
         let kept = !is(GUARD_FILE) || ["enabled", "disabled"].contains(&&*self.table.state);
         let why = match (root.ends_with("//deleted"), kept) {
-            (true, _) => "which was deleted, so that systemd-binfmt cannot start",
-            (false, false) => "to which somebody has written",
+            (true, _) => "which was deleted, so systemd-binfmt cannot start",
+            (false, false) => "which somebody has modified",
             (false, true) if known.is_some() => return Finding::good(check, found),
             (false, true) => return Finding::note(check, found),
         };

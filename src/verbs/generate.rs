@@ -1,4 +1,4 @@
-//! The generator call, as systemd.generator(7) has it: find out where we are, decide, write.
+//! The generator call, systemd.generator(7): find out where this runs, decide, write.
 
 use std::io::ErrorKind;
 
@@ -12,10 +12,10 @@ use crate::wsl::Verdict;
 use crate::wsl_conf::WslConf;
 use crate::{machine, plan, units, wsl, wsl_conf};
 
-/// Writes the units and drop-ins into `early`, or nothing where this is not a WSL2 distro.
+/// Writes the units and drop-ins into `early`. Outside a WSL2 distro it writes nothing.
 ///
 /// # Errors
-/// Something that was decided could not be written. Everything else was.
+/// Some output could not be written. Everything else was.
 pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> {
     let verdict = wsl::verdict(&machine::environment(early), || machine::files(host));
     if verdict != Verdict::Wsl2 {
@@ -39,34 +39,34 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// What the generator makes of a WSL2 distro; `status` tells of the same.
+/// What the generator decides in a WSL2 distro. `status` uses the same.
 pub struct Decision {
-    /// What its wsl.conf says, as far as it can be read. A distro without one is as WSL's defaults
-    /// have it; one that is unreadable must not lose its protection.
+    /// The settings of wsl.conf now. If it is missing or unreadable, WSL's defaults apply: the
+    /// distro must not lose its protection.
     pub conf: WslConf,
-    /// What it said when the distro started, which counts until it stops, as for WSL itself: what is
-    /// running by then cannot be taken back by halves. None if nothing is running yet.
+    /// The settings at the start of the distro. They count until it stops, as for WSL itself,
+    /// because what already runs cannot be half undone. None before the guard has recorded them.
     pub noted: Option<WslConf>,
     /// How it was read.
     pub reading: Reading,
-    /// What is wrong with it, of which its owner should hear.
+    /// What is wrong with it, for its owner.
     pub warning: Option<String>,
-    /// What could not be seen of what stands beside the output.
+    /// Files of others that could not be checked.
     pub doubts: Vec<String>,
-    /// What is to be emitted.
+    /// What to emit.
     pub plan: Plan,
 }
 
 /// How wsl.conf was read.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Reading {
-    /// It was.
+    /// Successfully.
     Done,
     /// There is none.
     Missing,
-    /// Only root may.
+    /// Only root can read it.
     Denied,
-    /// It cannot be read at all.
+    /// Nobody can read it.
     Failed,
 }
 
@@ -89,19 +89,19 @@ pub fn decide(host: &Host) -> Decision {
     }
 }
 
-/// What counts of wsl.conf while the distro runs.
+/// The settings of wsl.conf that are in effect while the distro runs.
 pub fn in_force(host: &Host) -> WslConf {
     noted(host).unwrap_or_else(|| read(host).0)
 }
 
-/// What the guard noted when the distro started.
+/// The settings that the guard recorded when the distro started.
 fn noted(host: &Host) -> Option<WslConf> {
     host.read(BOOT_CONF)
         .ok()
         .map(|noted| wsl_conf::parse(&noted))
 }
 
-/// Reads wsl.conf; with what is wrong with it.
+/// Reads wsl.conf, and says what is wrong with it.
 fn read(host: &Host) -> (WslConf, Reading, Option<String>) {
     let path = host.path(WSL_CONF);
     let read = host.read(WSL_CONF);

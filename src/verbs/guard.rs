@@ -1,7 +1,7 @@
-//! `guard`: keep the status file of binfmt_misc from being written, in all mount namespaces of this
-//! distro. Whatever here empties the table does it by writing `-1` there, and systemd-shutdown does
-//! it last of all, when no unit is left to repair it. The mount needs no undoing: it ends with the
-//! distro. What else has to be known of the distro's start is noted here, too.
+//! `guard`: keep the status file of binfmt_misc from being written to, in all mount namespaces of
+//! this distro. The table is emptied by writing `-1` there, and systemd-shutdown does it last of
+//! all, when no unit is left to repair it. The mount is not undone: it ends with the distro. The
+//! guard also records what has to be known later about the distro's start.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -23,11 +23,11 @@ use crate::own::{self, Unit};
 use crate::repair;
 use crate::verbs::generate::in_force;
 
-/// Binds a read-only file over the status file, unless something already is, and notes how the
-/// distro is when it starts. Where there is no table yet, that is said, and is no error.
+/// Binds a read-only file over the status file, unless something is already bound there, and
+/// records the state in which the distro starts. A missing table is a warning, not an error.
 ///
 /// # Errors
-/// A mount fails, and the status file is as it was; or something cannot be noted.
+/// A mount fails, which leaves the status file unchanged; or something cannot be recorded.
 pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
     join_distro(host)?;
     let mut result = note_settings(host).and(keep_drop_ins(host));
@@ -35,13 +35,13 @@ pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
         Ok(table) => table,
         Err(error) if is_failed_call(&error) => return Err(error),
         Err(error) => {
-            log.warning(&format!("{error:#}; guarding it when this distro stops"));
+            log.warning(&format!("{error:#}; will guard it when this distro stops"));
             return result;
         }
     };
     if let Ok(false) = is_there(host, BEFORE) {
         result = own::take_over(host, &table)
-            .context("taking over what this distro has registered so far")
+            .context("recording what this distro has registered so far")
             .and(result);
     }
     type Note = fn(&Host, &Table) -> anyhow::Result<()>;
@@ -66,7 +66,7 @@ fn is_there(host: &Host, absolute: &str) -> anyhow::Result<bool> {
         .with_context(|| format!("looking at {path}"))
 }
 
-/// wsl.conf counts when a distro starts: what it says then is kept for the generator's later runs.
+/// Records wsl.conf as it is when the distro starts, for later runs of the generator.
 fn note_settings(host: &Host) -> anyhow::Result<()> {
     if is_there(host, BOOT_CONF)? {
         return Ok(());
@@ -74,8 +74,8 @@ fn note_settings(host: &Host) -> anyhow::Result<()> {
     host.write(BOOT_CONF, &in_force(host).text())
 }
 
-/// The guard's mount outlives the generator, should that be removed or masked while the distro runs.
-/// Without their drop-ins, systemd-binfmt and binfmt-support would fail at it from then on.
+/// Keeps copies of the drop-ins: the guard's mount stays if the generator is removed or masked
+/// while the distro runs, and would make systemd-binfmt and binfmt-support fail without them.
 fn keep_drop_ins(host: &Host) -> anyhow::Result<()> {
     let [_, runtime, _] = LOCAL_UNITS;
     for unit in Unit::ALL {
@@ -88,17 +88,17 @@ fn keep_drop_ins(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The mount itself.
+/// Makes the mount.
 ///
 /// # Errors
-/// binfmt_misc is not mounted, or a mount fails; then the status file is as it was.
+/// binfmt_misc is not mounted, or a mount fails, which leaves the status file unchanged.
 pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
-    // Two at once would mount twice.
+    // Without the lock, two processes at once would mount twice.
     let _lock = Table::open(host)?.lock();
     let table = host.path(BINFMT_MISC);
     let status = table.join("status");
     let file = host.path(GUARD_FILE);
-    // What a killed run has left.
+    // A killed run may have left this mount.
     while umount2(file.as_str(), MntFlags::MNT_DETACH).is_ok() {}
     if is_bound_over(&status, &table)? {
         return Ok(());
@@ -106,8 +106,8 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     let state = fs::read_to_string(&status).with_context(|| format!("reading {status}"))?;
     host.write(GUARD_FILE, &state)?;
 
-    // A distro may have a second mount namespace. A mount gets there as it is when it is made; a
-    // later change of its flags does not. So what is bound has to be read-only before.
+    // A distro may have a second mount namespace. A new mount propagates there; a later change of
+    // its flags does not. So the file has to be read-only before it is bound over the status file.
     bind(&file, &file)?;
     let bound = make_read_only(&file).and_then(|()| bind(&file, &status));
     // The mount over the status file does not need this one.
@@ -115,11 +115,11 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     bound.and(unbound.with_context(|| format!("unmounting {file}")))
 }
 
-/// Leaves a mount namespace of its own, which a drop-in for all services may have given to the unit:
-/// a mount made there would guard nothing.
+/// Joins the distro's mount namespace. A drop-in for all services may have given the unit one of
+/// its own, where a mount would guard nothing.
 ///
 /// # Errors
-/// It is not allowed to.
+/// The kernel does not allow it.
 pub fn join_distro(host: &Host) -> anyhow::Result<()> {
     if !machine::is_elsewhere_mounted(host) {
         return Ok(());
@@ -134,8 +134,8 @@ pub fn join_distro(host: &Host) -> anyhow::Result<()> {
         .with_context(|| format!("joining the mount namespace {mounts}"))
 }
 
-/// A file that is bound over another one lies on a file system of its own. Asking the files and
-/// not the table of mounts is right, too, where one mount hides another.
+/// Whether a file of another file system is bound over the status file. Unlike the list of mounts,
+/// this is right even if one mount hides another.
 fn is_bound_over(status: &Utf8Path, table: &Utf8Path) -> anyhow::Result<bool> {
     let device = |path: &Utf8Path| {
         fs::metadata(path)

@@ -1,4 +1,4 @@
-//! What one invocation does, one file each.
+//! The verbs, one file each.
 
 pub mod generate;
 pub mod guard;

@@ -1,15 +1,15 @@
-//! `restore`: make the interop entry stand, and come first among those that claim as much.
+//! `restore`: restore the interop entry, and put it ahead of others that claim Windows programs.
 
 use crate::binfmt_misc::Table;
 use crate::host::Host;
 use crate::log::Log;
 use crate::repair;
 
-/// Makes the entry be as it should at once, and says what was done.
+/// Restores the entry at once, and logs what was done.
 ///
 /// # Errors
-/// binfmt_misc is not mounted; /init is missing; the entry is disabled or not WSL's, and so not
-/// ours to touch; or the kernel does not do as it is told.
+/// binfmt_misc is not mounted; /init is missing; the entry is disabled or not WSL's, and so is left
+/// alone; or the kernel refuses something.
 pub fn restore(host: &Host, log: &Log) -> anyhow::Result<()> {
     let table = Table::open(host)?;
     repair::cover(host, &table)?;

@@ -1,9 +1,9 @@
-//! `status`: what is wrong with Windows interop here, and what to do about it.
+//! `status`: say what is wrong with Windows interop, and how to fix it.
 
 use crate::doctor;
 use crate::host::Host;
 
-/// Examines the machine. Returns what is to be printed, and whether all is well.
+/// Examines the machine. Returns the text to print, and whether all is well.
 pub fn status(host: &Host, json: bool, coloured: bool) -> (String, bool) {
     let report = doctor::examine(host);
     let text = match json {

@@ -1,5 +1,5 @@
-//! `started`, `stopped` and `stopping`: what is to be done, as root and outside of its sandbox, once
-//! one of the services has been started that register rules, when it stops, and when the distro does.
+//! `started`, `stopped` and `stopping`: what to do, as root and outside the sandbox, after a
+//! service that registers rules has started or stopped, and when the distro stops.
 
 use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::Host;
@@ -8,10 +8,10 @@ use crate::repair;
 use crate::verbs::generate::in_force;
 use crate::verbs::guard;
 
-/// Writes down what the service has registered, and sees to it that Windows programs start.
+/// Records what the service has registered, and makes sure that Windows programs start.
 ///
 /// # Errors
-/// binfmt_misc is not mounted; or something could not be done, and the rest was.
+/// binfmt_misc is not mounted; or one step failed, and the others were done.
 pub fn started(host: &Host, unit: Unit, succeeded: bool) -> anyhow::Result<()> {
     let table = Table::open(host)?;
     let covered = match in_force(host).interop_enabled {
@@ -22,8 +22,8 @@ pub fn started(host: &Host, unit: Unit, succeeded: bool) -> anyhow::Result<()> {
     covered.and(own::record(host, &table, unit, succeeded))
 }
 
-/// After a stop, unregisters what the service had registered. `result` is the service's, as
-/// systemd.exec(5) has it in `$SERVICE_RESULT`: after a start that failed, its rules stand.
+/// Unregisters what the service had registered. `result` is its `$SERVICE_RESULT`, systemd.exec(5):
+/// after a failed start its rules stay.
 ///
 /// # Errors
 /// As above.
@@ -37,8 +37,8 @@ pub fn stopped(host: &Host, unit: Unit, result: Option<&str>) -> anyhow::Result<
     released.and(own::note_before(host, &table))
 }
 
-/// When the distro stops, after those services: guards once more, since systemd-shutdown empties the
-/// table next and somebody may have mounted it since; and unregisters what is left.
+/// Runs when the distro stops, after those services. Guards again, because systemd-shutdown empties
+/// the table next and it may have been remounted; and unregisters what is left.
 ///
 /// # Errors
 /// As above.
@@ -51,7 +51,7 @@ pub fn stopping(host: &Host) -> anyhow::Result<()> {
     guarded.and(release(host))
 }
 
-/// Unregisters all that this distro has registered.
+/// Unregisters everything that this distro has registered.
 ///
 /// # Errors
 /// As above.

@@ -1,8 +1,8 @@
-//! `restore --watch`: stay, and repair what others do to the table. It sleeps until the kernel
-//! reports a change: what is written to the table shows in inotify(7), whoever wrote and through
-//! whichever mount. Then Windows programs get a stand-in at once if they need one. All else has
-//! time until nobody writes any more: others may be in the middle of something, and must not meet
-//! an entry of ours under a name that they are about to register.
+//! `restore --watch`: keep running, and repair what others do to the table. It sleeps until the
+//! kernel reports a change: inotify(7) shows every write to the table, whoever makes it and through
+//! whichever mount. Then it registers a stand-in for Windows programs at once, if they need one.
+//! Everything else waits until the writing stops: a registration that others are about to make must
+//! not fail because we have just taken the name.
 
 use std::fs::File;
 use std::io;
@@ -24,30 +24,29 @@ use crate::host::{Host, BINFMT_MISC, MOUNTS};
 use crate::log::Log;
 use crate::repair::{self, Pending};
 
-/// How long nobody must have written to the table before it is settled. Up to a third more, another
-/// time for each watcher, so that one does the work and the others only see that it is done.
+/// How long the table must have been quiet before it is settled. Each watcher adds a random time,
+/// up to a third of this, so that one does the work and the others find it done.
 const QUIET: Duration = Duration::from_millis(300);
-/// How long that is waited for at most.
+/// The longest wait for that.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// What is undone so soon after it was settled, so often in a row, is undone by somebody who fights.
+/// A repair that is undone this soon, this often in a row, means that somebody fights it.
 const UNDONE: Duration = Duration::from_millis(50);
 const UNDONE_IN_A_ROW: u32 = 5;
-/// In a fight all that waiting is doubled each time, up to so many times as long.
+/// In a fight these waits are doubled each time, up to this factor.
 const LONGEST: u32 = 32;
-/// How long it looks away while the table is being written to.
+/// The pause between two looks at a table that is being written to.
 const PACE: Duration = Duration::from_millis(1);
 const PACE_IN_A_FIGHT: Duration = Duration::from_millis(20);
-/// How long it waits after a call that failed; twice as long each time.
+/// The wait after a failed call, doubled each time.
 const RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
-/// How often it looks where the kernel cannot report changes.
+/// The time between looks while the kernel cannot report changes.
 const UNREPORTED: Duration = Duration::from_secs(1);
-/// How long the same deed is not told again.
+/// How long the same repair is not logged again.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// Repairs what is out of order, tells systemd when Windows programs start, and goes on until
-/// SIGTERM or SIGINT. What others have made of the table, or have not mounted, is told, and
-/// repaired as soon as it can be.
+/// Repairs the table, tells systemd when Windows programs start, and keeps watching until SIGTERM
+/// or SIGINT. What it must not or cannot repair is logged, and repaired as soon as possible.
 ///
 /// # Errors
 /// The kernel does not let it wait at all, or systemd cannot be told.
@@ -64,7 +63,7 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
             notify_systemd("READY=1").context("telling systemd that it is ready")?;
             ready = true;
         }
-        // What is written meanwhile is looked at in one.
+        // Writes during the pause are handled together.
         let pause = wrote.then(|| Instant::now() + watcher.pace());
         if pause.is_some() && !reports.wait(&signals, pause, false).context("pausing")? {
             return Ok(());
@@ -79,39 +78,39 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
     }
 }
 
-/// What is known of the table's changes since it was last asked for.
+/// The changes to the table since the last look.
 struct Change {
-    /// There were any.
+    /// Whether there were any.
     wrote: bool,
-    /// The table may have been emptied, or anything else have happened.
+    /// Whether the table may have been emptied, or anything else may have happened.
     flushed: bool,
     /// The files in it that were written to.
     names: Vec<String>,
 }
 
-/// The time since somebody began to write to the table.
+/// A series of writes to the table.
 struct Burst {
     since: Instant,
     quiet_at: Instant,
 }
 
-/// One watcher, between its looks at the table.
+/// The state of the watcher between two looks at the table.
 struct Watcher<'a> {
     host: &'a Host,
     table: Table,
     told: Told<'a>,
     burst: Option<Burst>,
-    /// What the kernel reports is not everything, or something failed: another look then.
+    /// When to look again because the kernel's reports are incomplete, or a call failed.
     again_at: Option<Instant>,
     retry: Duration,
-    /// How many times as long as usual it waits, which is more than once in a fight.
+    /// The factor by which its waits are longer than usual, more than 1 in a fight.
     times: u32,
-    /// When it did something last, and how often in a row that was undone.
+    /// When it last repaired something, and how often in a row that was undone.
     settled: Option<Instant>,
     undone: u32,
     flushed: bool,
     pending: Pending,
-    /// What kept it from being settled.
+    /// What kept the table from being settled.
     unsettled: Vec<Error>,
 }
 
@@ -127,14 +126,14 @@ impl<'a> Watcher<'a> {
             times: 1,
             settled: None,
             undone: 0,
-            // Before it was started, perhaps.
+            // Possibly before the watcher started.
             flushed: true,
             pending: Pending::default(),
             unsettled: Vec::new(),
         }
     }
 
-    /// When there is something to do again, if nothing is written until then.
+    /// When to act next if nothing is written until then.
     fn due(&self) -> Option<Instant> {
         let settle = self.burst.as_ref().map(|burst| self.settle_at(burst));
         settle.into_iter().chain(self.again_at).min()
@@ -148,9 +147,9 @@ impl<'a> Watcher<'a> {
         self.times > 1
     }
 
-    /// Lets the other side have its way for longer.
+    /// Waits longer from now on, so that the other side can finish.
     fn give_way(&mut self) {
-        // Once may be others of ours who are at the same work.
+        // The first time it may just be other watchers doing the same work.
         if self.times == 2 {
             self.told.fight();
         }
@@ -164,7 +163,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// Does what is to be done now.
+    /// Looks at the table, and does what is due.
     fn look(&mut self, change: anyhow::Result<Change>) {
         let now = Instant::now();
         let (change, unreported) = match change {
@@ -197,7 +196,7 @@ impl<'a> Watcher<'a> {
             .problems(problems.map(|error| format!("{error:#}")));
     }
 
-    /// Takes note of what has changed, and until when it has to be quiet then.
+    /// Records what has changed, and when the table may be settled.
     fn note(&mut self, change: &Change, now: Instant) {
         let again = self.again_at.is_some_and(|at| now >= at);
         if again {
@@ -224,7 +223,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// Gives Windows programs a stand-in if they need one.
+    /// Registers the stand-in if Windows programs need one.
     fn cover(&mut self) -> anyhow::Result<()> {
         self.table.require()?;
         let Some(deed) = repair::cover(self.host, &self.table)? else {
@@ -253,7 +252,7 @@ impl<'a> Watcher<'a> {
             self.burst = Some(burst);
             return;
         }
-        // A table that is not there is no longer unsettled.
+        // A table that is not mounted has nothing left to settle.
         self.unsettled.clear();
         if let Err(error) = self.table.require() {
             self.unsettled.push(error);
@@ -272,7 +271,8 @@ impl<'a> Watcher<'a> {
         let flush = self.flushed && repair::interop_went(self.host, table);
         let settled = repair::settle(self.host, table, flush, quiet, Some(&mut self.pending));
         self.unsettled = settled.problems;
-        // Or own rules that went with it would be taken for removed on purpose.
+        // While the records cannot be read, remember the flush: otherwise own rules that it removed
+        // would count as removed on purpose.
         self.flushed &= settled.unread;
         if !settled.unread && !self.pending.is_missing() {
             let noted = repair::note_interop(self.host, table);
@@ -282,7 +282,7 @@ impl<'a> Watcher<'a> {
             self.again_at = Some(now);
         }
         match settled.deeds.is_empty() {
-            // Undone before it was done.
+            // It was undone before it was finished.
             false if !self.unsettled.is_empty() => self.note_undone(),
             false => self.settled = Some(Instant::now()),
             true if quiet => (self.times, self.undone) = (1, 0),
@@ -292,13 +292,13 @@ impl<'a> Watcher<'a> {
     }
 }
 
-/// Up to a third of QUIET, by chance.
+/// A random time, up to a third of QUIET.
 fn jitter() -> Duration {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     QUIET / 3000 * (now.map_or(0, |now| now.subsec_micros()) % 1000)
 }
 
-/// What has been told of late, so that it is not told again and again.
+/// What has been logged lately, so that it is not logged again and again.
 struct Told<'a> {
     log: &'a Log,
     deeds: Vec<(String, Instant)>,
@@ -326,7 +326,8 @@ impl Told<'_> {
         }
     }
 
-    /// Each is told once for as long as it lasts, and to systemd, for `systemctl status`.
+    /// Logs each problem once while it lasts, and tells systemd all of them: `systemctl status`
+    /// shows them.
     fn problems(&mut self, problems: impl Iterator<Item = String>) {
         let mut now: Vec<String> = Vec::new();
         for problem in problems {
@@ -344,24 +345,23 @@ impl Told<'_> {
             self.log.error(problem);
         }
         let status = now.join("; ").replace('\n', " ");
-        // Only for people to see.
+        // It is only shown to people, so a failure does not matter.
         let _ = notify_systemd(&format!("STATUS={status}"));
         self.problems = now;
     }
 
     fn fight(&self) {
         self.log.warning(
-            "something changes the table again and again; waiting longer from now on until it is \
-             put in order",
+            "something keeps changing the table; waiting longer before each repair from now on",
         );
     }
 }
 
-/// Tells the manager about a service that it has started, as sd_notify(3) does; not for those who
-/// were started by somebody else.
+/// Tells systemd about the state of this service, like sd_notify(3). Does nothing if systemd did
+/// not start it.
 ///
 /// # Errors
-/// The manager's socket takes nothing.
+/// systemd's socket does not accept the message.
 fn notify_systemd(state: &str) -> io::Result<()> {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
         return Ok(());
@@ -382,7 +382,7 @@ fn catch_signals() -> nix::Result<SignalFd> {
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)
 }
 
-/// The kernel's reports: of writes to the table, or of mounts while there is no table.
+/// The kernel's reports: writes to the table, or new mounts while there is no table.
 #[derive(Default)]
 struct Reports {
     inotify: Option<Inotify>,
@@ -390,8 +390,8 @@ struct Reports {
 }
 
 impl Reports {
-    /// Sleeps until something has changed, if `all` are to be waited for, or until that time; false
-    /// if a signal says that it is time to go.
+    /// Sleeps until the given time, or if `all`, until something changes. Returns false on a signal
+    /// to stop.
     fn wait(&self, signals: &SignalFd, until: Option<Instant>, all: bool) -> nix::Result<bool> {
         let signal = PollFd::new(signals.as_fd(), PollFlags::POLLIN);
         let mounts = self.mounts.as_ref();
@@ -403,7 +403,7 @@ impl Reports {
         loop {
             let timeout = match until {
                 None => PollTimeout::NONE,
-                // Rounded up, or it would be woken just before the time.
+                // Rounded up, or it would wake just before that time.
                 Some(until) => {
                     let left = until.saturating_duration_since(Instant::now());
                     let left = left + Duration::from_micros(999);
@@ -419,11 +419,11 @@ impl Reports {
         }
     }
 
-    /// What has been reported since it was last asked for. Makes sure that all that comes is, if
-    /// the table was not there before or has been unmounted.
+    /// Returns the changes since the last call. Starts watching again if the table was not mounted
+    /// before, or has been unmounted.
     ///
     /// # Errors
-    /// Nothing can be reported at present.
+    /// The kernel cannot report changes at present.
     fn take(&mut self, host: &Host) -> anyhow::Result<Change> {
         let mut change = Change {
             wrote: false,
@@ -460,16 +460,16 @@ impl Reports {
         if lost {
             self.inotify = None;
             self.begin(host)?;
-            // What was not reported may have been anything.
+            // Anything may have happened unreported.
             change.wrote |= self.inotify.is_some();
             change.flushed = true;
         }
         Ok(change)
     }
 
-    /// Has the table's changes reported, wherever it may be mounted now.
+    /// Starts watching the table, or the mounts if there is no table.
     fn begin(&mut self, host: &Host) -> anyhow::Result<()> {
-        // Before looking for it: whatever is mounted from now on is reported.
+        // Before looking for the table, so that no later mount is missed.
         let mounts = host.path(MOUNTS);
         self.mounts = Some(File::open(&mounts).with_context(|| format!("opening {mounts}"))?);
         if let Err(error) = Table::open(host) {
@@ -480,7 +480,7 @@ impl Reports {
         }
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
             .context("starting inotify")?;
-        // Not their closing: our own lock is a file of the table.
+        // Not IN_CLOSE_WRITE: our own lock opens a file of the table.
         let directory = host.path(BINFMT_MISC);
         inotify
             .add_watch(directory.as_str(), AddWatchFlags::IN_MODIFY)

@@ -30,7 +30,7 @@ pub const VERBS: &[Test] = &[
             &["restore"],
             0,
             "WSLInterop was missing, registered it\n\
-             wsl-binfmt-generator: removed WSLInterop-next, which WSLInterop makes superfluous",
+             wsl-binfmt-generator: removed WSLInterop-next, no longer needed beside WSLInterop",
         )?;
         ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         let entry = vm.entry("WSLInterop");
@@ -44,7 +44,7 @@ pub const VERBS: &[Test] = &[
             vm,
             &["restore"],
             1,
-            "WSLInterop is disabled: somebody made it so, left alone",
+            "WSLInterop is disabled: somebody changed it, leaving it alone",
         )?;
         let entry = vm.entry("WSLInterop");
         ensure!(entry.starts_with("disabled, interpreter /init"), "{entry}");
@@ -57,7 +57,7 @@ pub const VERBS: &[Test] = &[
             vm,
             &["restore"],
             1,
-            "WSLInterop runs /bin/cat, not /init: somebody made it so, left alone",
+            "WSLInterop runs /bin/cat, not /init: somebody changed it, leaving it alone",
         )?;
         let entry = vm.entry("WSLInterop");
         ensure!(
@@ -73,7 +73,7 @@ pub const VERBS: &[Test] = &[
             vm,
             &["restore"],
             1,
-            "/init: no executable file that is mounted, so this is no WSL2 distro",
+            "/init: not an executable file that WSL has mounted, so this is not a WSL2 distro",
         )?;
         ensure!(vm.entry("WSLInterop") == "missing");
         Ok(())
@@ -158,7 +158,7 @@ pub const VERBS: &[Test] = &[
                 &["guard"],
                 0,
                 "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc; \
-             guarding it when this distro stops",
+             will guard it when this distro stops",
             )?;
             // As it then is.
             vm.mount_table("/proc/sys/fs/binfmt_misc")?;
