@@ -53,23 +53,6 @@ pub enum Verdict {
     NoInit,
 }
 
-impl Verdict {
-    /// The verdict as a clause, for messages.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Verdict::Wsl2 => "this is a WSL2 distro",
-            Verdict::UserManager => "this is a user manager",
-            Verdict::Initrd => "this is the initrd",
-            Verdict::NotWsl => "this is not WSL",
-            Verdict::Wsl1 => "this is WSL1, which neither runs systemd nor shares its table",
-            Verdict::Container => "this is a container on WSL's kernel",
-            Verdict::NoInit => {
-                "this is WSL2's kernel, but /init is not an executable file that WSL has mounted"
-            }
-        }
-    }
-}
-
 /// Decides where this runs. `files` is called only if the environment does not settle it.
 pub fn verdict(environment: &Environment, files: impl FnOnce() -> Files) -> Verdict {
     if let Some(verdict) = from_environment(environment) {

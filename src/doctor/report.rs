@@ -164,17 +164,21 @@ impl Report {
 
     /// The report outside a WSL2 distro.
     pub fn elsewhere(verdict: &Verdict) -> Report {
-        let word = match verdict {
-            Verdict::NotWsl => "not-wsl",
-            Verdict::Wsl1 => "wsl1",
-            Verdict::Container => "container",
-            Verdict::Initrd => "initrd",
-            _ => "unknown",
+        let (word, summary) = match verdict {
+            Verdict::Wsl1 => (
+                "wsl1",
+                "This is WSL1, which neither runs systemd nor shares its table: nothing to do.",
+            ),
+            Verdict::Container => (
+                "container",
+                "This is a container on WSL's kernel: nothing to do.",
+            ),
+            Verdict::Initrd => ("initrd", "This is the initrd: nothing to do."),
+            _ => ("not-wsl", "This is not WSL: nothing to do."),
         };
-        let reason = verdict.reason().replacen('t', "T", 1);
         Report {
             verdict: word,
-            summary: format!("{reason}: nothing to do."),
+            summary: summary.to_owned(),
             healthy: true,
             findings: Vec::new(),
         }

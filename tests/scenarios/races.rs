@@ -13,6 +13,7 @@ use wsl_vm::{Distro, Vm, WSL_INTEROP};
 use crate::ours::extent::rounds;
 use crate::ours::{Install, Run};
 use crate::promises::state;
+use crate::stand_in::within;
 use crate::verbs::Test;
 
 pub const RACES: &[Test] = &[
@@ -95,13 +96,13 @@ pub const RACES: &[Test] = &[
                 let state = state(distro);
                 ensure!(state == RUNNING, "{state}");
             }
-            // The watchers wait until nobody writes to the table.
-            for _ in 0..500 {
-                if vm.launch() == "starts" && vm.entry("WSLInterop-next") == "missing" {
-                    break;
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
+            // The watchers wait until nobody writes to the table, and longer after what looks like a
+            // fight: 32 times 400 ms.
+            within(Duration::from_secs(20), || {
+                let next = vm.entry("WSLInterop-next");
+                ensure!(next == "missing", "WSLInterop-next: {next}");
+                Ok(())
+            })?;
             one_entry(vm, "cli-mine cli-peer")?;
             ensure!(
                 launches.started > 500 && launches.failed == 0,

@@ -221,7 +221,7 @@ fn many_watchers(vm: &Vm, count: u32) -> anyhow::Result<()> {
     for watcher in watchers {
         let log = watcher.stop()?;
         let error = log.lines().find(|line| {
-            let signs = ["os error", "EEXIST", "ENOENT", "gone when read back"];
+            let signs = ["os error", "EEXIST", "ENOENT", "reads back differently"];
             signs.iter().any(|sign| line.contains(sign))
         });
         ensure!(error.is_none(), "{log}");
