@@ -19,11 +19,11 @@ use super::vm::Vm;
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
 
-/// The other architecture that WSL runs on, in Debian's words and in Rust's.
-const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
-    ("amd64", "x86_64-unknown-linux-gnu")
+/// The other architecture that WSL runs on.
+pub const FOREIGN: &str = if cfg!(target_arch = "aarch64") {
+    "amd64"
 } else {
-    ("arm64", "aarch64-unknown-linux-gnu")
+    "arm64"
 };
 
 /// The package, where it was built, and a later version of it.
@@ -41,9 +41,10 @@ impl DebianPackage {
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
         let trees = target_directory()?.join("wsl-vm/debian");
-        let (foreign, _) = FOREIGN;
-        let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
-        let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
+        let packages = format!(
+            "{TOOLS},crossbuild-essential-{FOREIGN},libstd-rust-dev:{FOREIGN},pkgconf:{FOREIGN}"
+        );
+        let tree = tree(&trees, "trixie", &packages, Some(FOREIGN))?;
         let directory = trees.join("packages");
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
@@ -108,14 +109,24 @@ impl DebianPackage {
         Ok(())
     }
 
-    /// Compiles for the other architecture, but does not link, which would need a C compiler for it.
-    pub fn check_foreign(&self) -> anyhow::Result<String> {
-        let (_, target) = FOREIGN;
-        self.run(&format!(
-            "cd /build/wsl-binfmt-generator-*/
-            export CARGO_HOME=$PWD/debian/cargo
-            cargo check --locked --target {target} --target-dir /build/foreign"
-        ))
+    /// Builds it for the other architecture, too, unless that is done, and returns the directory in
+    /// the tree that holds it.
+    pub fn built_for_foreign(&self) -> anyhow::Result<PathBuf> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _lock = ONE_AT_A_TIME.lock();
+        let directory = self.tree.join("build/foreign");
+        if !directory.exists() {
+            self.run(&format!(
+                "cd /build
+                rm -rf unfinished
+                mkdir unfinished
+                dpkg-source -x wsl-binfmt-generator_*.dsc unfinished/source
+                cd unfinished/source
+                dpkg-buildpackage --host-arch {FOREIGN} --build=any --no-sign
+                mv /build/unfinished /build/foreign"
+            ))?;
+        }
+        Ok(directory)
     }
 
     /// What a shell script in the tree prints, errors included. No network, no home of this

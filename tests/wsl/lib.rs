@@ -46,7 +46,7 @@ use anyhow::Context;
 
 pub use chroot::enter_tree;
 pub use debian::require;
-pub use debian_package::DebianPackage;
+pub use debian_package::{DebianPackage, FOREIGN};
 pub use distro::{Builder, Distro};
 pub use generation::Generation;
 pub use machine::Machine;
