@@ -41,8 +41,10 @@ impl DebianPackage {
         let _lock = ONE_AT_A_TIME.lock();
         require("mmdebstrap", "mmdebstrap")?;
         let trees = target_directory()?.join("wsl-vm/debian");
+        // The emulator runs what is built for the other architecture.
         let packages = format!(
-            "{TOOLS},crossbuild-essential-{FOREIGN},libstd-rust-dev:{FOREIGN},pkgconf:{FOREIGN}"
+            "{TOOLS},crossbuild-essential-{FOREIGN},libstd-rust-dev:{FOREIGN},pkgconf:{FOREIGN},\
+             qemu-user"
         );
         let tree = tree(&trees, "trixie", &packages, Some(FOREIGN))?;
         let directory = trees.join("packages");
