@@ -4,7 +4,9 @@
 set -eu
 cargo=$1 profile=$2 source=$3 target=$4 output=$5 depfile=$6
 
-case $profile in dev) built=$target/debug ;; *) built=$target/$profile ;; esac
+# cargo reads that variable, too, and has a directory for each architecture that it names.
+built=$target${CARGO_BUILD_TARGET:+/$CARGO_BUILD_TARGET}
+case $profile in dev) built=$built/debug ;; *) built=$built/$profile ;; esac
 built=$built/wsl-binfmt-generator
 # An old one must not pass for what is built now, should cargo put that elsewhere.
 rm -f "$built"

@@ -9,6 +9,8 @@
 //! - `status`: the exit status, if it is not 0
 //!
 //! `UPDATE_GOLDEN=1` writes `expected`, `kmsg` and `status` as they came out: then read the diff.
+//! `GOLDEN_PROGRAM` names another build of the binary, to be tested in place of this one, and
+//! `GOLDEN_RUNNER` the emulator that runs it.
 
 mod golden;
 
@@ -20,7 +22,7 @@ use std::process::{Command, Output};
 
 use anyhow::{ensure, Context};
 
-use golden::{cases, tree, GENERATOR};
+use golden::{cases, program, tree};
 
 /// A directory of its own for one test, with `root` and the three output directories.
 struct Sandbox {
@@ -73,7 +75,8 @@ impl Sandbox {
         let out = self.path("out");
         let environment = environment.replace("@OUT@", &out.to_string_lossy());
         Command::new("sh")
-            .args(["-c", "umask 022; exec timeout 10 \"$@\"", "sh", GENERATOR])
+            .args(["-c", "umask 022; exec timeout 10 \"$@\"", "sh"])
+            .args(words())
             .args(["normal", "early", "late"].map(|d| out.join(d)))
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
@@ -97,6 +100,12 @@ impl Sandbox {
             .replace(&*self.path("out").to_string_lossy(), "OUT");
         Ok(text)
     }
+}
+
+/// How the binary is called.
+fn words() -> Vec<String> {
+    let runner = std::env::var("GOLDEN_RUNNER").ok();
+    runner.into_iter().chain([program()]).collect()
 }
 
 /// Two trees are the same: paths, modes, texts, links.
@@ -207,7 +216,9 @@ fn each_golden_tree_comes_out_as_it_is() -> anyhow::Result<()> {
 #[test]
 fn a_single_directory_gets_everything() -> anyhow::Result<()> {
     let sandbox = Sandbox::distro("single-directory", b"")?;
-    let output = Command::new(GENERATOR)
+    let output = Command::new("timeout")
+        .arg("10")
+        .args(words())
         .arg(sandbox.path("out/normal"))
         .env_clear()
         .env("WSL_BINFMT_ROOT", sandbox.path("root"))

@@ -13,6 +13,11 @@ pub fn cases() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/generate")
 }
 
+/// What the golden trees are compared with: this build of it, or another one.
+pub fn program() -> String {
+    std::env::var("GOLDEN_PROGRAM").unwrap_or_else(|_| GENERATOR.to_owned())
+}
+
 /// As systemd.syntax(7) has the path of a program: the folder of a checkout may be called anything.
 fn as_first_word(path: &str) -> String {
     let escaped = path.chars().map(|c| match c {
@@ -43,9 +48,10 @@ pub fn tree(directory: &Path) -> anyhow::Result<BTreeMap<String, String>> {
             } else if !metadata.is_file() {
                 "neither file, directory nor link".to_owned()
             } else {
+                let program = program();
                 let text = String::from_utf8_lossy(&fs::read(&path)?)
-                    .replace(&as_first_word(GENERATOR), INSTALLED)
-                    .replace(&GENERATOR.replace('%', "%%"), INSTALLED);
+                    .replace(&as_first_word(&program), INSTALLED)
+                    .replace(&program.replace('%', "%%"), INSTALLED);
                 format!("file {mode:o}\n{text}")
             };
             found.insert(name, what);

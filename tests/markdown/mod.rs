@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{ensure, Context};
 
 /// Prints a table. With `UPDATE_DOCS` set it is also put into a file of the project, in place of what
 /// an earlier run has written there.
@@ -71,4 +71,65 @@ pub fn blocks(file: &str) -> anyhow::Result<Vec<Block>> {
         block.text = format!("{}\n", block.text.trim_end());
     }
     Ok(blocks)
+}
+
+/// What a document has people type in their image, and what it says comes of it.
+pub struct InTheImage {
+    /// One, as later blocks use what earlier ones have set.
+    pub script: String,
+    expected: Vec<Option<String>>,
+}
+
+/// A line that none of the commands prints.
+const NEXT: &str = "--next--";
+
+impl InTheImage {
+    /// Of the blocks that are marked so.
+    ///
+    /// # Errors
+    /// As for all blocks.
+    pub fn of(document: &str) -> anyhow::Result<InTheImage> {
+        let (mut script, mut expected) = (String::new(), Vec::new());
+        for block in blocks(document)? {
+            match block.mark.as_str() {
+                // A line that begins with $ is typed, and the others are what comes of it.
+                "run in the image" if block.text.starts_with("$ ") => {
+                    let (typed, printed): (Vec<_>, Vec<_>) =
+                        block.text.lines().partition(|line| line.starts_with("$ "));
+                    let typed = typed.iter().map(|line| line.trim_start_matches("$ "));
+                    script += &typed.collect::<Vec<_>>().join("\n");
+                    expected.push(Some(printed.join("\n")));
+                }
+                "run in the image" => {
+                    script += &block.text;
+                    expected.push(None);
+                }
+                "prints in the image" => {
+                    if let Some(last) = expected.last_mut() {
+                        *last = Some(block.text.trim_end().to_owned());
+                    }
+                    continue;
+                }
+                _ => continue,
+            }
+            script += &format!("\necho {NEXT}\n");
+        }
+        Ok(InTheImage { script, expected })
+    }
+
+    /// Compares with what the script has printed.
+    ///
+    /// # Errors
+    /// Something else was to be printed.
+    pub fn compare(&self, printed: &str) -> anyhow::Result<()> {
+        let printed: Vec<&str> = printed.split(NEXT).map(str::trim).collect();
+        ensure!(printed.len() == self.expected.len() + 1, "{printed:?}");
+        for (printed, expected) in printed.iter().zip(&self.expected) {
+            ensure!(
+                expected.as_ref().is_none_or(|e| e == printed),
+                "{printed}\nbut expected was\n{expected:?}"
+            );
+        }
+        Ok(())
+    }
 }

@@ -15,11 +15,11 @@ use super::{project, succeed};
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
 
-/// The other architecture that WSL runs on, in Debian's words and in Rust's.
-const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
-    ("amd64", "x86_64-unknown-linux-gnu")
+/// The other architecture that WSL runs on.
+pub const FOREIGN: &str = if cfg!(target_arch = "aarch64") {
+    "amd64"
 } else {
-    ("arm64", "aarch64-unknown-linux-gnu")
+    "arm64"
 };
 
 /// The package, where it was built, and a later version of it.
@@ -45,9 +45,12 @@ impl DebianPackage {
         let _lock = wsl_vm::lock()?;
         require("mmdebstrap", "mmdebstrap")?;
         let trees = trees()?;
-        let (foreign, _) = FOREIGN;
-        let packages = format!("{TOOLS},libstd-rust-dev:{foreign}");
-        let tree = tree(&trees, "trixie", &packages, Some(foreign))?;
+        // The emulator runs what is built for the other architecture.
+        let packages = format!(
+            "{TOOLS},crossbuild-essential-{FOREIGN},libstd-rust-dev:{FOREIGN},pkgconf:{FOREIGN},\
+             qemu-user"
+        );
+        let tree = tree(&trees, "trixie", &packages, Some(FOREIGN))?;
         let directory = directory()?;
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
@@ -87,7 +90,8 @@ impl DebianPackage {
             mv "$name-vendor.tar.gz" "wsl-binfmt-generator_$version.orig-vendor.tar.gz"
             cp -r "$name/packaging/debian" "$name"
             cd "$name"
-            dpkg-buildpackage --unsigned-source --unsigned-changes"#;
+            dpkg-buildpackage --unsigned-source --unsigned-changes
+            rm -r obj-*"#;
         self.run(unpack)?;
         let parts = r#"
             cd /build
@@ -107,14 +111,24 @@ impl DebianPackage {
         Ok(())
     }
 
-    /// Compiles for the other architecture, but does not link, which would need a C compiler for it.
-    pub fn check_foreign(&self) -> anyhow::Result<String> {
-        let (_, target) = FOREIGN;
-        self.run(&format!(
-            "cd /build/wsl-binfmt-generator-*/
-            export CARGO_HOME=$PWD/debian/cargo
-            cargo check --locked --target {target} --target-dir /build/foreign"
-        ))
+    /// Builds it for the other architecture, too, unless that is done, and returns the directory in
+    /// the tree that holds it.
+    pub fn built_for_foreign(&self) -> anyhow::Result<PathBuf> {
+        let _lock = wsl_vm::lock()?;
+        let directory = self.tree.join("build/foreign");
+        if !directory.exists() {
+            self.run(&format!(
+                "cd /build
+                rm -rf unfinished
+                mkdir unfinished
+                dpkg-source -x wsl-binfmt-generator_*.dsc unfinished/source
+                cd unfinished/source
+                dpkg-buildpackage --host-arch {FOREIGN} --build=any --no-sign
+                rm -r /build/unfinished/source
+                mv /build/unfinished /build/foreign"
+            ))?;
+        }
+        Ok(directory)
     }
 
     /// What a shell script in the tree prints, errors included. No network, no home of this

@@ -4,7 +4,8 @@
 /// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
 const USUAL: [&str; 2] = ["bullseye", "trixie"];
 
-fn is_all() -> bool {
+/// Whether all is.
+pub fn is_all() -> bool {
     std::env::var_os("WSL_TESTS").is_some_and(|extent| extent == "all")
 }
 

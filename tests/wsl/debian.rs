@@ -40,6 +40,7 @@ pub fn tree(
             .arg("--variant=minbase")
             // A suite keeps its last index for good once it is archived, and a mirror may lag.
             .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
+            .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
             .arg(format!("--architectures={architectures}"))
             .arg(format!("--include={packages}"))
             .arg(suite)
