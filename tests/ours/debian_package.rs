@@ -8,9 +8,9 @@ use std::process::Command;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{ensure, Context};
-use wsl_vm::debian::{require, tree};
+use wsl_vm::debian::{require, tree, tree_has};
 
-use super::{project, succeed};
+use super::{extent, project, succeed};
 
 /// What Debian 13 needs for it.
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
@@ -46,21 +46,27 @@ impl DebianPackage {
         require("mmdebstrap", "mmdebstrap")?;
         let trees = trees()?;
         // The emulator runs what is built for the other architecture.
-        let packages = format!(
+        let cross = format!(
             "{TOOLS},crossbuild-essential-{FOREIGN},libstd-rust-dev:{FOREIGN},pkgconf:{FOREIGN},\
              qemu-user"
         );
-        let tree = tree(&trees, "trixie", &packages, Some(FOREIGN))?;
+        let is_there = tree_has(&trees, "trixie", &cross);
+        let (packages, foreign) = if is_there || extent::is_all() {
+            (&*cross, Some(FOREIGN))
+        } else {
+            (TOOLS, None)
+        };
+        let tree = tree(&trees, "trixie", packages, foreign)?;
         let directory = directory()?;
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
-        let sources = sources()?;
-        if fs::read_to_string(&recipe).is_ok_and(|text| text == sources) {
+        let wanted = format!("{packages}\n{}", sources()?);
+        if fs::read_to_string(&recipe).is_ok_and(|text| text == wanted) {
             return Ok(package);
         }
         eprintln!("building the Debian package, about a minute ...");
         package.build()?;
-        fs::write(recipe, sources)?;
+        fs::write(recipe, wanted)?;
         Ok(package)
     }
 
@@ -112,7 +118,7 @@ impl DebianPackage {
     }
 
     /// Builds it for the other architecture, too, unless that is done, and returns the directory in
-    /// the tree that holds it.
+    /// the tree that holds it. Only where all is played the tree has what that needs.
     pub fn built_for_foreign(&self) -> anyhow::Result<PathBuf> {
         let _lock = wsl_vm::lock()?;
         let directory = self.tree.join("build/foreign");

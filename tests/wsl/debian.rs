@@ -18,8 +18,7 @@ pub fn tree(
     foreign: Option<&str>,
 ) -> anyhow::Result<PathBuf> {
     let tree = directory.join(suite);
-    let recipe = directory.join(format!("{suite}.packages"));
-    if tree.exists() && fs::read_to_string(&recipe).is_ok_and(|text| text == packages) {
+    if tree_has(directory, suite, packages) {
         return Ok(tree);
     }
     eprintln!("making a Debian tree of {suite}, about half a minute, once ...");
@@ -47,8 +46,18 @@ pub fn tree(
             .arg(&unfinished),
     )?;
     fs::rename(&unfinished, &tree)?;
-    fs::write(recipe, packages)?;
+    fs::write(recipe(directory, suite), packages)?;
     Ok(tree)
+}
+
+/// Whether the tree is there, and was made with just these packages.
+pub fn tree_has(directory: &Path, suite: &str, packages: &str) -> bool {
+    let made_with = fs::read_to_string(recipe(directory, suite));
+    directory.join(suite).exists() && made_with.is_ok_and(|made_with| made_with == packages)
+}
+
+fn recipe(directory: &Path, suite: &str) -> PathBuf {
+    directory.join(format!("{suite}.packages"))
 }
 
 /// Installs a Debian package on this machine, unless its program is there.
