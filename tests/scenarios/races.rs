@@ -65,7 +65,7 @@ pub const RACES: &[Test] = &[
             }
             let launches = hammer.stop();
             ensure!(
-                launches.started > 500 && launches.failed == 0,
+                launches.started > rounds() / 2 && launches.failed == 0,
                 "{launches:?}"
             );
             Ok(())
@@ -105,7 +105,7 @@ pub const RACES: &[Test] = &[
             })?;
             one_entry(vm, "cli-mine cli-peer")?;
             ensure!(
-                launches.started > 500 && launches.failed == 0,
+                launches.started > rounds() / 2 && launches.failed == 0,
                 "{launches:?}"
             );
             Ok(())
