@@ -1,15 +1,25 @@
 //! How much is tested: all of it where `WSL_TESTS=all` is set, as CI does; and otherwise what a
 //! contributor can wait for. That is every scenario, but not on every systemd, nor a thousand times;
-//! and not what is built for arm64 and for other distributions.
+//! and not what is built for arm64 and for other distributions. `WSL_TESTS=release` is what takes too
+//! long for each change, too.
 
 use std::io::{self, Write};
 
 /// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
 const USUAL: [&str; 2] = ["bullseye", "trixie"];
 
-/// Whether all is.
+/// Whether all is, but for what takes many minutes.
 pub fn is_all() -> bool {
-    std::env::var_os("WSL_TESTS").is_some_and(|extent| extent == "all")
+    is("all") || is_for_release()
+}
+
+/// Whether also that is.
+pub fn is_for_release() -> bool {
+    is("release")
+}
+
+fn is(extent: &str) -> bool {
+    std::env::var_os("WSL_TESTS").is_some_and(|wanted| wanted == extent)
 }
 
 /// Whether a test of this is to be made. If not, that is said, past the harness of Rust's tests.
@@ -17,13 +27,23 @@ pub fn is_all() -> bool {
 /// # Errors
 /// It cannot be said.
 pub fn has(what: &str) -> anyhow::Result<bool> {
-    if !is_all() {
-        writeln!(
-            io::stderr(),
-            "\n{what} NOT TESTED: only WSL_TESTS=all does\n"
-        )?;
+    said(what, is_all(), "all")
+}
+
+/// The same of one that takes many minutes.
+///
+/// # Errors
+/// As above.
+pub fn has_for_release(what: &str) -> anyhow::Result<bool> {
+    said(what, is_for_release(), "release")
+}
+
+fn said(what: &str, has: bool, extent: &str) -> anyhow::Result<bool> {
+    if !has {
+        let only = format!("only WSL_TESTS={extent} does");
+        writeln!(io::stderr(), "\n{what} NOT TESTED: {only}\n")?;
     }
-    Ok(is_all())
+    Ok(has)
 }
 
 /// Which of these Debian suites distros are booted from.

@@ -62,6 +62,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
 
 /// Tests in a VM, in which they boot distros or none. The longest come first.
 const TESTS: &[&[Test]] = &[
+    neighbours::NEIGHBOURS,
     faults::FAULTS,
     races::RACES,
     verbs::VERBS,
@@ -73,11 +74,16 @@ const TESTS: &[&[Test]] = &[
     by_hand::BY_HAND,
     security::SECURITY,
     status::STATUS,
-    neighbours::NEIGHBOURS,
 ];
 
 /// Tests that need the Debian package.
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
+
+/// Those that are played only where all is: they take minutes, and there is another one like them.
+const LONG: &[&str] = &[
+    "neighbours: WSL that does nothing for interop",
+    "neighbours: WSL with a lock",
+];
 
 /// Those that measure time, or make the machine busy.
 const ALONE: &[&str] = &[
@@ -165,7 +171,9 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         };
         trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
     };
-    for (name, _) in TESTS.iter().copied().flatten() {
+    let mut tests: Vec<_> = TESTS.iter().copied().flatten().collect();
+    tests.retain(|(name, _)| extent::is_all() || !LONG.contains(name));
+    for (name, _) in tests {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
     }
