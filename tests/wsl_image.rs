@@ -10,11 +10,13 @@ use anyhow::{ensure, Context};
 use wsl_vm::Machine;
 
 use ours::debian_package::DebianPackage;
+use ours::extent;
 use shell::{have_programs, sh};
 
 #[test]
 fn the_image_is_as_wsl_wants_it_and_windows_programs_start_in_it() -> anyhow::Result<()> {
-    if !Machine::is_had_for("THE IMAGE FOR WSL IS")?
+    if !extent::has("THE IMAGE FOR WSL IS")?
+        || !Machine::is_had_for("THE IMAGE FOR WSL IS")?
         || !have_programs("gzip:gzip mmdebstrap:mmdebstrap tar:tar")?
     {
         return Ok(());

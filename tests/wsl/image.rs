@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::Context;
 
 use super::generation::setting;
-use super::unpack::unpacked;
+use super::unpack::{unpacked, Unpacked};
 
 /// More than this no image is taken to have.
 pub const LIMIT: u64 = 16 << 30;
@@ -133,11 +133,13 @@ pub struct Image {
     pub systemd: PathBuf,
     /// What whoever tries it should know.
     pub notes: Vec<String>,
+    /// The unpacked archive, taken away with this.
+    _unpacked: Option<Unpacked>,
 }
 
 impl Image {
-    /// Unpacks the image, unless it is a directory or has been before, and looks whether WSL could
-    /// start systemd in it.
+    /// Unpacks the image, unless it is a directory, and looks whether WSL could start systemd in it.
+    /// What was unpacked goes with the value.
     ///
     /// # Errors
     /// It cannot be tried.
@@ -146,21 +148,21 @@ impl Image {
             ErrorKind::NotFound => Error::Missing,
             _ => error.into(),
         })?;
-        let tree = if metadata.is_dir() {
+        if metadata.is_dir() {
             let tree = fs::canonicalize(path)?;
             if tree.starts_with("/run") {
                 return Err(Error::InRun);
             }
-            tree
+            Image::of_tree(tree, None)
         } else if metadata.is_file() {
-            unpacked(path, limit)?
+            let unpacked = unpacked(path, limit)?;
+            Image::of_tree(unpacked.tree.clone(), Some(unpacked))
         } else {
-            return Err(Error::NeitherFileNorDirectory);
-        };
-        Image::of_tree(tree)
+            Err(Error::NeitherFileNorDirectory)
+        }
     }
 
-    fn of_tree(tree: PathBuf) -> Result<Image, Error> {
+    fn of_tree(tree: PathBuf, unpacked: Option<Unpacked>) -> Result<Image, Error> {
         let systemd = find_systemd(&tree)?;
         let machine = Program::read(Path::new("/proc/self/exe"))?;
         let program = Program::read(&outside(&tree, &systemd))
@@ -189,6 +191,7 @@ impl Image {
             systemd: directory.to_owned(),
             tree,
             notes,
+            _unpacked: unpacked,
         })
     }
 }

@@ -32,8 +32,25 @@ fn directory() -> anyhow::Result<PathBuf> {
     Ok(directory)
 }
 
-/// The tree of an archive, unpacked once.
-pub fn unpacked(archive: &Path, limit: u64) -> Result<PathBuf, Error> {
+/// The tree of an archive, unpacked for as long as somebody has it.
+#[derive(Debug)]
+pub struct Unpacked {
+    pub tree: PathBuf,
+    lock: Flock<File>,
+}
+
+impl Drop for Unpacked {
+    /// The last one takes it away; who is killed leaves it to the next.
+    fn drop(&mut self) {
+        if self.lock.relock(FlockArg::LockExclusiveNonblock).is_ok() {
+            // There is nobody left to tell.
+            let _ = fs::remove_dir_all(&self.tree);
+        }
+    }
+}
+
+/// Unpacks an archive, unless somebody has it unpacked.
+pub fn unpacked(archive: &Path, limit: u64) -> Result<Unpacked, Error> {
     let directory = directory()?;
     let sum = Command::new("sha256sum")
         .stdin(File::open(archive)?)
@@ -43,14 +60,22 @@ pub fn unpacked(archive: &Path, limit: u64) -> Result<PathBuf, Error> {
     let name = sum.get(..16).context("sha256sum gave no sum")?;
     let tree = directory.join(name);
     let lock = File::create(directory.join(format!("{name}.lock")))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+    let lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
         .context("locking the images")?;
+    let shared = |lock: Flock<File>| {
+        let relocked = lock.relock(FlockArg::LockShared);
+        relocked.context("locking the images")?;
+        Ok(Unpacked {
+            tree: tree.clone(),
+            lock,
+        })
+    };
     if tree.exists() {
-        return Ok(tree);
+        return shared(lock);
     }
     require("bsdtar", "libarchive-tools")?;
-    eprintln!("{}: unpacking it, once ...", archive.display());
+    eprintln!("{}: unpacking it ...", archive.display());
     let unfinished = directory.join(format!("{name}.unfinished"));
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished)?;
@@ -63,7 +88,7 @@ pub fn unpacked(archive: &Path, limit: u64) -> Result<PathBuf, Error> {
         return Err(error);
     }
     fs::rename(&unfinished, &tree)?;
-    Ok(tree)
+    shared(lock)
 }
 
 fn unpack(archive: &Path, to: &Path, limit: u64) -> Result<(), Error> {

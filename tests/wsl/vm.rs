@@ -237,6 +237,11 @@ impl Vm {
 
     /// Launches a Windows program again and again, until told to stop.
     pub fn hammer(&self) -> Hammer {
+        self.hammer_with_pauses(Duration::ZERO)
+    }
+
+    /// The same, with a pause after each launch, which leaves more of a processor to others.
+    pub fn hammer_with_pauses(&self, pause: Duration) -> Hammer {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let thread = thread::spawn(move || {
@@ -258,6 +263,7 @@ impl Vm {
                 if stop {
                     return launches;
                 }
+                thread::sleep(pause);
             }
         });
         Hammer { stop, thread }
