@@ -253,6 +253,10 @@ mod tests {
         assert_eq!(parsed(&["--help"]), Ok(Action::Help));
         assert_eq!(parsed(&["-V"]), Ok(Action::Version));
         assert_eq!(parsed(&["--version"]), Ok(Action::Version));
+    }
+
+    #[test]
+    fn whatever_else_is_wrong() {
         for wrong in [
             &[] as &[&str],
             &["/n", "/e"],
