@@ -40,6 +40,8 @@ pub fn tree(
             // A suite keeps its last index for good once it is archived, and a mirror may lag.
             .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
             .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
+            // What is lost if the machine fails is made again.
+            .arg("--dpkgopt=force-unsafe-io")
             .arg(format!("--architectures={architectures}"))
             .arg(format!("--include={packages}"))
             .arg(suite)
