@@ -59,12 +59,19 @@ impl Sandbox {
 
     fn fill(&self, path: &str, from: &Path) -> anyhow::Result<()> {
         if from.exists() {
-            let status = Command::new("cp")
+            let to = self.path(path);
+            let copied = Command::new("cp")
                 .args(["-a", "--no-preserve=ownership"])
                 .arg(from.join("."))
-                .arg(self.path(path))
+                .arg(&to)
                 .status()?;
-            ensure!(status.success(), "copying {}", from.display());
+            // A checkout has the modes that its umask gives it.
+            let usual = Command::new("chmod")
+                .args(["-R", "go-w"])
+                .arg(&to)
+                .status()?;
+            let done = copied.success() && usual.success();
+            ensure!(done, "copying {}", from.display());
         }
         Ok(())
     }

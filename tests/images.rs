@@ -94,6 +94,47 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Debian 13 with what images of other distributions have, and without what they may lack.
+const UNUSUAL: &str = r#"
+    rm -rf tree; cp -a ../links/trees/trixie/. tree
+    cd tree
+    rm -f bin/bash usr/bin/python3*
+    # SELinux labels, systemd by an absolute link, a user of a domain, device nodes, odd names.
+    setfattr -n security.selinux -v system_u:object_r:init_exec_t:s0 usr/lib/systemd/systemd
+    setfattr -n user.note -v "a blank" etc/os-release
+    rm -f sbin/init usr/sbin/init; ln -s /nix/store/system/init usr/sbin/init
+    mkdir -p nix/store/system; ln -s /usr/lib/systemd/systemd nix/store/system/init
+    mkdir home/far; chown 1234567890:1234567890 home/far
+    mknod dev/sda b 8 0; mknod dev/mem c 1 1; mkfifo run/fifo
+    ln -s /nowhere etc/dangling; touch "etc/a name
+in two lines" etc/$(printf 'b\374cher')
+    cd ..
+    bsdtar --xattrs -czf image.tar.gz -C tree .
+    rm -r tree
+    ../links/wsl-vm --wsl 1.2.5 image.tar.gz 2>said || echo status $?
+    grep -v unpacking said || true
+    rm image.tar.gz"#;
+
+#[test]
+fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow::Result<()> {
+    let Some(_lock) = can_be_tried()? else {
+        return Ok(());
+    };
+    if !have_programs("bsdtar:libarchive-tools setfattr:attr")? {
+        return Ok(());
+    }
+    Machine::prepare(&Needs {
+        suites: &["trixie"],
+        packages: ours::PACKAGES,
+        ..Needs::default()
+    })?;
+    let output = sh("unusual", UNUSUAL)?;
+    ensure!(output.contains("do not start"), "{output}");
+    ensure!(output.contains("running"), "{output}");
+    ensure!(output.contains("\nstatus 1\n"), "{output}");
+    Ok(())
+}
+
 /// Builds the program, or says loudly where it cannot run; in CI that is a failure. One test at a
 /// time: both make what a VM is made of.
 fn can_be_tried() -> anyhow::Result<Option<MutexGuard<'static, ()>>> {
