@@ -4,7 +4,6 @@
 //! long for each change, too.
 
 use std::io::{self, Write};
-use std::time::Duration;
 
 /// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
 const USUAL: [&str; 2] = ["bullseye", "trixie"];
@@ -61,11 +60,6 @@ pub fn rounds() -> u32 {
     } else {
         100
     }
-}
-
-/// How long a hammer lets others work after each launch, while a distro leads its life.
-pub fn pause() -> Duration {
-    Duration::from_millis(if is_all() { 0 } else { 2 })
 }
 
 /// How many of these are tried.
