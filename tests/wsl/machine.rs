@@ -317,10 +317,13 @@ pub fn lock() -> anyhow::Result<Flock<File>> {
 /// Compiles the stand-in for WSL's /init, static, as that is.
 fn build_init(program: &Path) -> anyhow::Result<()> {
     let unfinished = program.with_extension("unfinished");
+    // Another checkout with the same target directory may have built this one's library.
+    let source = program.with_extension("rs");
+    fs::write(&source, include_str!("init.rs"))?;
     succeed(
         Command::new("rustc")
             .args(["--edition=2021", "-O", "-C", "target-feature=+crt-static"])
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/init.rs"))
+            .arg(&source)
             .arg("-o")
             .arg(&unfinished),
     )?;
