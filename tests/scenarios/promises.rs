@@ -474,8 +474,9 @@ impl Setting<'_> {
 
     /// The interop entry, once there has been time for a watcher to come back and to settle it.
     pub fn settled(&self) -> String {
-        // Where nobody does, that is what is seen.
-        let _ = within(SOON, || alone(self.vm));
+        // On a busy machine it may take systemd seconds to start one. Where nobody comes, that is seen.
+        let patience = if self.ours { 10 * SOON } else { SOON };
+        let _ = within(patience, || alone(self.vm));
         self.entry("WSLInterop")
     }
 }
