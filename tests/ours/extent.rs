@@ -1,7 +1,7 @@
 //! How much is tested: all of it where `WSL_TESTS=all` is set, as CI does; and otherwise what a
-//! contributor can wait for. That is every scenario, but not on every systemd, nor a thousand times;
-//! and not what is built for arm64 and for other distributions. `WSL_TESTS=release` is what takes too
-//! long for each change, too.
+//! contributor can wait for. That is every kind of scenario, but not on every systemd, nor a thousand
+//! times; and not the image, nor what is built for arm64 and for other distributions.
+//! `WSL_TESTS=release` is also what takes too long for each change.
 
 use std::io::{self, Write};
 
