@@ -5,6 +5,8 @@
 
 use std::io::{self, Write};
 
+use anyhow::ensure;
+
 /// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
 const USUAL: [&str; 2] = ["bullseye", "trixie"];
 
@@ -19,21 +21,28 @@ pub fn is_for_release() -> bool {
 }
 
 fn is(extent: &str) -> bool {
-    std::env::var_os("WSL_TESTS").is_some_and(|wanted| wanted == extent)
+    let Some(wanted) = std::env::var_os("WSL_TESTS") else {
+        return false;
+    };
+    let is_known = wanted == "all" || wanted == "release";
+    assert!(is_known, "WSL_TESTS={wanted:?}: neither all nor release");
+    wanted == extent
 }
 
 /// Whether a test of this is to be made. If not, that is said, past the harness of Rust's tests.
 ///
 /// # Errors
-/// It cannot be said.
+/// It is not, and this is CI, where all is to be.
 pub fn has(what: &str) -> anyhow::Result<bool> {
+    let is_ci = std::env::var_os("CI").is_some();
+    ensure!(is_all() || !is_ci, "CI has to set WSL_TESTS=all");
     said(what, is_all(), "all")
 }
 
 /// The same of one that takes many minutes.
 ///
 /// # Errors
-/// As above.
+/// It cannot be said.
 pub fn has_for_release(what: &str) -> anyhow::Result<bool> {
     said(what, is_for_release(), "release")
 }

@@ -172,6 +172,9 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
     };
     let mut tests: Vec<_> = TESTS.iter().copied().flatten().collect();
+    for listed in ALONE.iter().chain(LONG) {
+        assert!(tests.iter().any(|(name, _)| name == listed), "{listed}?");
+    }
     tests.retain(|(name, _)| extent::is_all() || !LONG.contains(name));
     for (name, _) in tests {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);

@@ -60,8 +60,14 @@ pub fn unpacked(archive: &Path, limit: u64) -> Result<Unpacked, Error> {
     let name = sum.get(..16).context("sha256sum gave no sum")?;
     let tree = directory.join(name);
     let lock = File::create(directory.join(format!("{name}.lock")))?;
-    let lock = Flock::lock(lock, FlockArg::LockExclusive)
+    let lock = Flock::lock(lock, FlockArg::LockShared)
         .map_err(|(_, errno)| errno)
+        .context("locking the images")?;
+    if tree.exists() {
+        return Ok(Unpacked { tree, lock });
+    }
+    // Whoever had it is gone, or was just as quick.
+    lock.relock(FlockArg::LockExclusive)
         .context("locking the images")?;
     let shared = |lock: Flock<File>| {
         let relocked = lock.relock(FlockArg::LockShared);
