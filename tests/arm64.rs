@@ -263,9 +263,12 @@ fn the_image_for_arm64_is_as_wsl_wants_it_and_the_program_runs_in_it() -> anyhow
     if !extent::has_for_release("THE IMAGE FOR ARM64 IS")? || !is_ready()? {
         return Ok(());
     }
-    let package = scratch("arm64")?.join("package");
     let run = |script: &str| aside("image", EMULATOR, script);
-    let image = image::make("image", "--arch arm64", package, &run)?;
+    let image = image::make(
+        "image",
+        "--arch arm64 --package ../arm64/package/wsl-binfmt-generator_*.deb",
+        &run,
+    )?;
     image::examine(&image, &run)?;
     let (programs, foreign) = programs(&scratch("image")?.join("root"))?;
     ensure!(programs > 500, "{programs} programs and libraries");

@@ -9,7 +9,6 @@ mod shell;
 use anyhow::{ensure, Context};
 use wsl_vm::Machine;
 
-use ours::debian_package::DebianPackage;
 use ours::extent;
 use shell::{have_programs, sh};
 
@@ -21,9 +20,8 @@ fn the_image_is_as_wsl_wants_it_and_windows_programs_start_in_it() -> anyhow::Re
     {
         return Ok(());
     }
-    let package = DebianPackage::built()?.directory.join("package");
     let run = |script: &str| sh("image", script);
-    let image = image::make("image", "", package, &run)?;
+    let image = image::make("image", "", &run)?;
     image::examine(&image, &run)?;
     image::first_run(&run)?;
 

@@ -27,20 +27,16 @@ const FILES: &str = "\
 
 type Run<'a> = &'a dyn Fn(&str) -> anyhow::Result<String>;
 
-/// Makes `debian.wsl` in the scratch directory of that name, where `run` works, of the package in
-/// `package`; once, and again when something of ours in it has changed.
-pub fn make(name: &str, arguments: &str, package: PathBuf, run: Run) -> anyhow::Result<PathBuf> {
+/// Makes `debian.wsl` in the scratch directory of that name, where `run` works; once, and again when
+/// something of ours in it has changed.
+pub fn make(name: &str, arguments: &str, run: Run) -> anyhow::Result<PathBuf> {
     let directory = scratch(name)?;
-    let link = directory.join("package");
-    let _ = std::fs::remove_file(&link);
-    std::os::unix::fs::symlink(package, link)?;
     run(&format!(
         r#"
-        of=$( (cat package/wsl-binfmt-generator_*.deb
-            find "$SOURCE/packaging/wsl" -type f -print0 | sort -z | xargs -0 cat) | sha256sum)
+        of=$(cd "$SOURCE"; find Cargo.* build-aux man meson* packaging src units -type f -print0 |
+            sort -z | xargs -0 cat | sha256sum)
         if [ "$of" != "$(cat made-of 2>/dev/null)" ]; then
-            SOURCE_DATE_EPOCH=1700000000 "$SOURCE/packaging/wsl/build-image" {arguments} \
-                --package package/wsl-binfmt-generator_*.deb debian.wsl
+            SOURCE_DATE_EPOCH=1700000000 "$SOURCE/packaging/wsl/build-image" {arguments} debian.wsl
             echo "$of" >made-of
         fi"#
     ))?;
