@@ -1,12 +1,12 @@
 //! Files below the root. Absolute paths occur only here, each relative to `$WSL_BINFMT_ROOT`.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::process;
 
 use anyhow::Context;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8PathBuf;
 
 /// The interop binary that WSL binds into every distro.
 pub const INIT: &str = "/init";
@@ -100,7 +100,8 @@ pub const CONTAINER_MARKERS: [&str; 3] = [
     "/run/host/container-manager",
 ];
 
-/// The most that is read of a file, in bytes.
+/// The most that is read of a file, in bytes. Nobody writes one this long, and a huge file must not
+/// delay the boot.
 const READ_LIMIT: u64 = 1 << 20;
 
 /// The root directory that every path is relative to.
@@ -125,15 +126,22 @@ impl Host {
         self.root.join(absolute.trim_start_matches('/'))
     }
 
-    /// Reads the first MiB of a regular file. Does not block on a FIFO or a device.
+    /// Reads a regular file of up to a MiB. Does not block on a FIFO or a device.
+    ///
+    /// # Errors
+    /// It cannot be read, is no regular file, or is longer.
     pub fn read(&self, absolute: &str) -> io::Result<Vec<u8>> {
-        let file = open_without_blocking(&self.path(absolute))?;
+        let mut options = OpenOptions::new();
+        let options = options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+        let file = options.open(self.path(absolute))?;
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
         let mut bytes = Vec::new();
-        file.take(READ_LIMIT).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        match file.take(READ_LIMIT + 1).read_to_end(&mut bytes)? as u64 {
+            0..=READ_LIMIT => Ok(bytes),
+            _ => Err(io::Error::from_raw_os_error(nix::libc::EFBIG)),
+        }
     }
 
     /// Writes a file atomically, creating its directory. A file that already has this text is not
@@ -181,29 +189,13 @@ impl Host {
         }
     }
 
-    /// When a file or directory was last modified; none if it does not exist.
+    /// When a file or directory was last modified, or a link was made; none if it does not exist.
     ///
     /// # Errors
     /// It cannot be inspected.
     pub fn modified(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
-        self.time_of(absolute, |path| fs::metadata(path))
-    }
-
-    /// When a symbolic link was created; none if it does not exist.
-    ///
-    /// # Errors
-    /// It cannot be inspected.
-    pub fn link_made(&self, absolute: &str) -> anyhow::Result<Option<(i64, i64)>> {
-        self.time_of(absolute, |path| fs::symlink_metadata(path))
-    }
-
-    fn time_of(
-        &self,
-        absolute: &str,
-        look: fn(&Utf8Path) -> io::Result<fs::Metadata>,
-    ) -> anyhow::Result<Option<(i64, i64)>> {
         let path = self.path(absolute);
-        match look(&path) {
+        match fs::symlink_metadata(&path) {
             Err(error) if is_missing(&error) => Ok(None),
             metadata => metadata
                 .map(|m| Some((m.mtime(), m.mtime_nsec())))
@@ -280,19 +272,6 @@ pub fn executable() -> anyhow::Result<Utf8PathBuf> {
 /// Whether an error means that the file does not exist.
 pub fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
-}
-
-/// Opens a file for reading, without waiting for a writer if it is a FIFO.
-fn open_without_blocking(path: &Utf8Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(path)
-}
-
-/// How the service ended, if this runs as its ExecStopPost= (systemd.exec(5)).
-pub fn service_result() -> Option<String> {
-    variable("SERVICE_RESULT")
 }
 
 /// An environment variable. Bytes that are not UTF-8 are replaced: no known value has any.

@@ -188,13 +188,17 @@ fn act(action: Action, host: &Host, log: &Log) -> anyhow::Result<bool> {
         Action::Release => verbs::unit::release(host),
         Action::Started(unit) => verbs::unit::started(host, unit, true),
         Action::Stopped(unit) => {
-            verbs::unit::stopped(host, unit, host::service_result().as_deref())
+            let result = host::variable("SERVICE_RESULT");
+            verbs::unit::stopped(host, unit, result.as_deref())
         }
         Action::Stopping => verbs::unit::stopping(host),
         Action::Status { json } => {
-            let (text, healthy) = verbs::status::status(host, json, wants_colour());
-            print(&text);
-            return Ok(healthy);
+            let report = doctor::examine(host);
+            print(&match json {
+                true => report.json(),
+                false => report.text(wants_colour()),
+            });
+            return Ok(report.healthy);
         }
         Action::Help => {
             print(HELP);

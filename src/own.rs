@@ -50,7 +50,7 @@ impl Unit {
             return Ok(Some(started));
         }
         let link = format!("{INVOCATIONS}{}.service", self.name());
-        match host.link_made(&link)? {
+        match host.modified(&link)? {
             None if alone => host.modified(PRIVATE_SOCKET),
             started => Ok(started),
         }

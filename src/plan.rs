@@ -25,13 +25,6 @@ pub enum Output {
     },
 }
 
-/// Everything to emit.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Plan {
-    /// The files and links below the output directory.
-    pub outputs: Vec<Output>,
-}
-
 /// The files of others that affect our output.
 #[derive(Debug, Default)]
 pub struct Neighbors {
@@ -71,9 +64,9 @@ macro_rules! wanted {
 /// Decides what to emit for a WSL2 distro with this wsl.conf. `interop.enabled=false` leaves out
 /// what restores the entry, but not what protects it, since all distros of the VM share the table.
 /// Drop-ins that would undo the output are masked, except those of the admin.
-pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
+pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
     if !conf.protect_binfmt {
-        return Plan::default();
+        return Vec::new();
     }
     let mut outputs = vec![
         file!("systemd-binfmt.service.d/10-wsl-interop.conf"),
@@ -107,36 +100,24 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Plan {
     if !neighbors.local_wsl_conf && switches_binfmt_off_on_wsl(&neighbors.vendor_wsl_conf) {
         mask("systemd-binfmt.service.d/wsl.conf", binfmt);
     }
-    Plan { outputs }
+    outputs
 }
 
 /// Whether a drop-in is exactly the one that Ubuntu's wsl-setup shipped in 2024 and 2025 to protect
 /// interop from systemd-binfmt: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
-    let blanks = [' ', '\t'];
     // To systemd, each of these ends a line.
-    let mut said = drop_in
-        .split(['\n', '\r', '\0'])
-        .map(|line| line.trim_matches(blanks))
-        .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']));
-    let setting = |line: &str| {
-        let (key, value) = line.split_once('=')?;
-        let (key, value) = (
-            key.trim_end_matches(blanks),
-            value.trim_start_matches(blanks),
-        );
-        (key == "ConditionVirtualization" && value == "!wsl").then_some(())
-    };
-    said.next() == Some("[Unit]")
-        && said.next().and_then(setting).is_some()
-        && said.next().is_none()
+    let lines = drop_in.split(['\n', '\r', '\0']).map(|line| line.trim_matches([' ', '\t']));
+    lines
+        .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']))
+        .eq(["[Unit]", "ConditionVirtualization=!wsl"])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn planned(conf: &WslConf) -> Plan {
+    fn planned(conf: &WslConf) -> Vec<Output> {
         plan(conf, &Neighbors::default())
     }
 
@@ -146,7 +127,7 @@ mod tests {
             _ => None,
         };
         let plan = plan(&WslConf::default(), neighbors);
-        plan.outputs.iter().filter_map(masked).collect()
+        plan.iter().filter_map(masked).collect()
     }
 
     #[test]
@@ -204,11 +185,11 @@ mod tests {
         assert!(!masked("[Unit]\nConditionVirtualization=\"!wsl\"\n", false));
     }
 
-    fn paths(plan: &Plan) -> Vec<&str> {
+    fn paths(plan: &[Output]) -> Vec<&str> {
         let path = |output: &Output| match output {
             Output::File { path, .. } | Output::Link { path, .. } => *path,
         };
-        plan.outputs.iter().map(path).collect()
+        plan.iter().map(path).collect()
     }
 
     #[test]
@@ -220,13 +201,13 @@ mod tests {
         };
         let plan = plan(&WslConf::default(), &neighbors);
         let mut files = Vec::new();
-        for output in &plan.outputs {
+        for output in &plan {
             match output {
                 Output::File { path, .. } => files.push(*path),
                 Output::Link { path, needs, .. } => assert!(files.contains(needs), "{path}"),
             }
         }
-        assert_eq!(plan.outputs.len() - files.len(), 7);
+        assert_eq!(plan.len() - files.len(), 7);
     }
 
     #[test]
@@ -235,7 +216,7 @@ mod tests {
             protect_binfmt: false,
             ..WslConf::default()
         };
-        assert_eq!(planned(&conf), Plan::default());
+        assert_eq!(planned(&conf), []);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use nix::fcntl::{openat, readlinkat, AtFlags, OFlag, AT_FDCWD};
 use nix::sys::stat::{mkdirat, Mode};
 use nix::unistd::{linkat, symlinkat, unlinkat, UnlinkatFlags};
 
-use crate::plan::{Output, Plan};
+use crate::plan::Output;
 
 /// Writes the plan below `directory`, which is created if necessary. If an output cannot be
 /// written, only those that need it are left out as well. Returns all such errors. No link is
@@ -21,7 +21,7 @@ use crate::plan::{Output, Plan};
 ///
 /// # Errors
 /// The directory cannot be opened, and nothing was written.
-pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Result<Vec<Error>> {
+pub fn write(plan: &[Output], directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Result<Vec<Error>> {
     let top = open_directory(AT_FDCWD, directory.as_str())
         .or_else(|error| match error {
             Errno::ENOENT => {
@@ -35,7 +35,7 @@ pub fn write(plan: &Plan, directory: &Utf8Path, exe: &Utf8Path) -> anyhow::Resul
         })?;
     let mut errors = Vec::new();
     let mut written = Vec::new();
-    for output in &plan.outputs {
+    for output in plan {
         let (path, doing, result) = match output {
             Output::File { path, template } => {
                 let text = fill(template, exe);

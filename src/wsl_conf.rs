@@ -14,13 +14,7 @@ pub struct WslConf {
     pub interop_enabled: bool,
     /// The line, from 1, at which WSL stops reading.
     pub refused_line: Option<usize>,
-    /// Whether the file was too long to be read whole.
-    pub cut: bool,
 }
-
-/// The most that is read, in bytes. WSL reads files of any length, but nobody writes a wsl.conf
-/// this long, and a huge file must not delay the boot.
-const LONGEST: usize = 64 << 10;
 
 impl Default for WslConf {
     fn default() -> WslConf {
@@ -28,7 +22,6 @@ impl Default for WslConf {
             protect_binfmt: true,
             interop_enabled: true,
             refused_line: None,
-            cut: false,
         }
     }
 }
@@ -48,28 +41,19 @@ impl WslConf {
 /// Parses a wsl.conf. Every input has a meaning to WSL; bytes that are not ASCII are ordinary
 /// characters of a value.
 pub fn parse(bytes: &[u8]) -> WslConf {
-    let lines = whole_lines(bytes);
-    let mut reader = Reader::new(lines);
+    let mut reader = Reader {
+        bytes,
+        at: 0,
+        section: None,
+        settings: Ini::new(),
+    };
     let refused = reader.read().is_err();
     let value = |section, key| reader.settings.get_from(Some(section), key);
     WslConf {
         protect_binfmt: boolean(value("boot", "protectbinfmt")).unwrap_or(true),
         interop_enabled: boolean(value("interop", "enabled")).unwrap_or(true),
         refused_line: refused.then(|| reader.line()),
-        cut: lines.len() < bytes.len(),
     }
-}
-
-/// The whole lines within the limit.
-fn whole_lines(bytes: &[u8]) -> &[u8] {
-    let Some((start, [_, ..])) = bytes.split_at_checked(LONGEST) else {
-        return bytes;
-    };
-    let end = start
-        .iter()
-        .rposition(|byte| *byte == b'\n')
-        .map_or(0, |end| end + 1);
-    start.get(..end).unwrap_or_default()
 }
 
 fn boolean(value: Option<&str>) -> Option<bool> {
@@ -91,17 +75,6 @@ struct Reader<'a> {
     /// The settings, with sections and keys in lower case, since WSL ignores case. If a key is
     /// repeated, `Ini` returns the first value, which also counts for WSL, even if it is invalid.
     settings: Ini,
-}
-
-impl<'a> Reader<'a> {
-    fn new(bytes: &'a [u8]) -> Reader<'a> {
-        Reader {
-            bytes,
-            at: 0,
-            section: None,
-            settings: Ini::new(),
-        }
-    }
 }
 
 impl Reader<'_> {
@@ -279,27 +252,5 @@ mod tests {
         assert!(!conf.protect_binfmt);
         let conf = parse(b"[boot]\nprotectBinfmt=0\n\xff\n");
         assert_eq!((conf.protect_binfmt, conf.refused_line), (false, Some(3)));
-    }
-
-    #[test]
-    fn of_a_file_that_is_too_long_whole_lines_are_read() {
-        let setting = "[boot]\nprotectBinfmt=false\n";
-        let filler = |length| "#".repeat(length - 1) + "\n";
-        let protects = |text: String| {
-            let conf = parse(text.as_bytes());
-            (conf.protect_binfmt, conf.cut)
-        };
-        assert_eq!(protects(setting.to_owned()), (false, false));
-        assert_eq!(
-            protects(setting.to_owned() + &filler(LONGEST)),
-            (false, true)
-        );
-        // Half of the value would be another one.
-        assert_eq!(protects(filler(LONGEST - 25) + setting), (true, true));
-        assert_eq!(protects("x".repeat(LONGEST + 1)), (true, true));
-        // As long as what is read at most, it is read to the end.
-        let setting = setting.trim_end();
-        let fitting = filler(LONGEST - setting.len()) + setting;
-        assert_eq!(protects(fitting), (false, false));
     }
 }

@@ -286,7 +286,7 @@ fn a_wsl_conf_that_is_noise_or_no_file_is_survived() -> anyhow::Result<()> {
         (
             "2-MiB-comment",
             comment,
-            "longer than 64 KiB, ignoring the rest\n",
+            "etc/wsl.conf: File too large (os error 27), ignoring\n",
         ),
     ] {
         let sandbox = Sandbox::distro(name, &bytes)?;

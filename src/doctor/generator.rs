@@ -5,13 +5,13 @@ use camino::Utf8Path;
 use super::facts::{Fate, Files};
 use super::report::{word, Finding, State};
 use crate::host::GENERATORS;
-use crate::plan::{Output, Plan};
+use crate::plan::Output;
 use crate::units;
 
 const CHECK: &str = "generator";
 
 /// Judges the file that systemd runs, and its output.
-pub fn check(files: &Files, plan: &Plan) -> Vec<Finding> {
+pub fn check(files: &Files, plan: &[Output]) -> Vec<Finding> {
     // systemd skips a file that is not executable, and takes the next one.
     let all = &files.generators;
     let used = all
@@ -68,8 +68,8 @@ fn bad(state: State, found: String, command: &[&str]) -> Finding {
 
 /// The outputs that are missing or out of date, as the generator has since been installed or
 /// upgraded, or wsl.conf changed.
-fn stale(files: &Files, plan: &Plan, exe: &Utf8Path) -> Option<String> {
-    let stale = plan.outputs.iter().filter_map(|output| {
+fn stale(files: &Files, plan: &[Output], exe: &Utf8Path) -> Option<String> {
+    let stale = plan.iter().filter_map(|output| {
         let (path, text) = match output {
             Output::File { path, template } => (path, units::fill(template, exe)),
             Output::Link { path, target, .. } => (path, format!("link to {target}")),

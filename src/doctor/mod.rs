@@ -17,8 +17,7 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use crate::host::{Host, WSL_CONF};
-use crate::plan::Plan;
-use crate::verbs::generate::{Decision, Reading};
+use crate::verbs::generate::Decision;
 use crate::wsl::Verdict;
 use crate::wsl_conf::WslConf;
 use facts::{Facts, Place};
@@ -46,7 +45,7 @@ fn judge(facts: &Facts, place: &Place) -> Report {
     }
     let conf = facts.conf.known("wsl.conf", "reading /etc/wsl.conf");
     let decision = conf.as_ref().ok().copied();
-    let known = decision.filter(|d| d.noted.is_some() || d.reading != Reading::Denied);
+    let known = decision.filter(|d| d.noted.is_some() || d.unread != Some(ErrorKind::PermissionDenied));
     let wanted = known.map(in_force);
     let mut findings = vec![platform(place)];
     if !place.has_init {
@@ -56,8 +55,8 @@ fn judge(facts: &Facts, place: &Place) -> Report {
     let files = facts.files.known("generator", "reading systemd's files");
     let files = files.map_err(|unknown| findings.push(unknown)).ok();
     if let Some(files) = files.filter(|_| place.has_systemd) {
-        let plan = known.map_or_else(Plan::default, |decision| decision.plan.clone());
-        findings.extend(generator::check(files, &plan));
+        let plan = known.map(|decision| &*decision.plan);
+        findings.extend(generator::check(files, plan.unwrap_or_default()));
     } else if !place.has_systemd {
         let found = "not running, so nothing protects Windows programs";
         let mend = "section [boot]: set systemd=true; then run wsl.exe --shutdown in Windows";
@@ -160,7 +159,7 @@ fn platform(place: &Place) -> Finding {
 fn wsl_conf(decision: &Decision) -> Vec<Finding> {
     let check = "wsl.conf";
     let conf = &decision.conf;
-    if decision.reading == Reading::Denied {
+    if decision.unread == Some(ErrorKind::PermissionDenied) {
         return vec![Finding::denied(check, WSL_CONF)];
     }
     let edit = |how: &str| format!("{WSL_CONF}, {how}; then start this distro again");
@@ -184,7 +183,7 @@ fn wsl_conf(decision: &Decision) -> Vec<Finding> {
         findings.push(Finding::note(check, format!("{WSL_CONF} {found}")));
     }
     // If it cannot be read the defaults apply, which the warning below reports.
-    if findings.is_empty() && decision.reading != Reading::Failed {
+    if findings.is_empty() && matches!(decision.unread, None | Some(ErrorKind::NotFound)) {
         findings.push(Finding::good(check, "protection and interop are on"));
     }
     if let Some(warning) = &decision.warning {

@@ -7,7 +7,7 @@ use camino::Utf8Path;
 
 use crate::host::{self, Host, BOOT_CONF, WSL_CONF};
 use crate::log::Log;
-use crate::plan::Plan;
+use crate::plan::Output;
 use crate::wsl::Verdict;
 use crate::wsl_conf::WslConf;
 use crate::{machine, plan, units, wsl, wsl_conf};
@@ -33,7 +33,7 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
         bail!(
             "{} of {} files not written to {early}",
             errors.len(),
-            decision.plan.outputs.len()
+            decision.plan.len()
         );
     }
     Ok(())
@@ -47,32 +47,19 @@ pub struct Decision {
     /// The settings at the start of the distro. They count until it stops, as for WSL itself,
     /// because what already runs cannot be half undone. None before the guard has recorded them.
     pub noted: Option<WslConf>,
-    /// How it was read.
-    pub reading: Reading,
+    /// Why it cannot be read.
+    pub unread: Option<ErrorKind>,
     /// What is wrong with it, for its owner.
     pub warning: Option<String>,
     /// Files of others that could not be checked.
     pub doubts: Vec<String>,
     /// What to emit.
-    pub plan: Plan,
-}
-
-/// How wsl.conf was read.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reading {
-    /// Successfully.
-    Done,
-    /// There is none.
-    Missing,
-    /// Only root can read it.
-    Denied,
-    /// Nobody can read it.
-    Failed,
+    pub plan: Vec<Output>,
 }
 
 /// Decides what a WSL2 distro gets.
 pub fn decide(host: &Host) -> Decision {
-    let (conf, reading, warning) = read(host);
+    let (conf, unread, warning) = read(host);
     let noted = noted(host);
     let mut doubts = Vec::new();
     let plan = plan::plan(
@@ -82,7 +69,7 @@ pub fn decide(host: &Host) -> Decision {
     Decision {
         conf,
         noted,
-        reading,
+        unread,
         warning,
         doubts,
         plan,
@@ -101,33 +88,20 @@ fn noted(host: &Host) -> Option<WslConf> {
         .map(|noted| wsl_conf::parse(&noted))
 }
 
-/// Reads wsl.conf, and says what is wrong with it.
-fn read(host: &Host) -> (WslConf, Reading, Option<String>) {
+/// Reads wsl.conf. Returns the settings, why it cannot be read, and what is wrong with it.
+fn read(host: &Host) -> (WslConf, Option<ErrorKind>, Option<String>) {
     let path = host.path(WSL_CONF);
-    let read = host.read(WSL_CONF);
-    let reading = match &read {
-        Ok(_) => Reading::Done,
-        Err(error) if error.kind() == ErrorKind::NotFound => Reading::Missing,
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => Reading::Denied,
-        Err(_) => Reading::Failed,
-    };
-    let (conf, warning) = match read {
+    match host.read(WSL_CONF) {
         Ok(bytes) => {
             let conf = wsl_conf::parse(&bytes);
-            let warning = match conf.refused_line {
-                Some(line) => Some(format!(
-                    "{path}:{line}: WSL stops reading at this line, ignoring the rest"
-                )),
-                None if conf.cut => Some(format!("{path}: longer than 64 KiB, ignoring the rest")),
-                None => None,
-            };
-            (conf, warning)
+            let stops = "WSL stops reading at this line, ignoring the rest";
+            let warning = conf.refused_line.map(|line| format!("{path}:{line}: {stops}"));
+            (conf, None, warning)
         }
-        Err(_) if reading == Reading::Missing => (WslConf::default(), None),
-        Err(error) => (
-            WslConf::default(),
-            Some(format!("reading {path}: {error}, ignoring")),
-        ),
-    };
-    (conf, reading, warning)
+        Err(error) => {
+            let is_there = error.kind() != ErrorKind::NotFound;
+            let warning = is_there.then(|| format!("reading {path}: {error}, ignoring"));
+            (WslConf::default(), Some(error.kind()), warning)
+        }
+    }
 }

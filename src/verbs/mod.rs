@@ -1,8 +1,7 @@
-//! The verbs, one file each.
+//! What systemd has this program do, one file each. `status` is the doctor.
 
 pub mod generate;
 pub mod guard;
 pub mod restore;
-pub mod status;
 pub mod unit;
 pub mod watch;

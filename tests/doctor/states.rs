@@ -24,7 +24,7 @@ fn healthy() -> Facts {
         recorded: [vec!["py".to_owned()], Vec::new()],
         ..Files::default()
     };
-    for output in &plan.outputs {
+    for output in &plan {
         let (path, text) = match output {
             plan::Output::File { path, template } => (path, units::fill(template, &exe)),
             plan::Output::Link { path, target, .. } => (path, format!("link to {target}")),
@@ -52,7 +52,7 @@ fn healthy() -> Facts {
         conf: Fact::Is(Decision {
             conf,
             noted: None,
-            reading: Reading::Missing,
+            unread: Some(ErrorKind::NotFound),
             warning: None,
             doubts: Vec::new(),
             plan,
@@ -127,7 +127,7 @@ fn unit(facts: &mut Facts, at: usize, properties: &str) {
 fn conf(facts: &mut Facts, text: &str) {
     let decision = is(&mut facts.conf);
     decision.conf = crate::wsl_conf::parse(text.as_bytes());
-    decision.reading = Reading::Done;
+    decision.unread = None;
     decision.plan = plan::plan(&decision.conf, &Neighbors::default());
 }
 
@@ -152,12 +152,12 @@ const STATES: &[(&str, Change)] = &[
         conf(f, "[boot]\nprotectBinfmt=false\n");
     }),
     ("wsl.conf denied, entry disabled", |f| {
-        is(&mut f.conf).reading = Reading::Denied;
+        is(&mut f.conf).unread = Some(ErrorKind::PermissionDenied);
         entry(f).enabled = false;
         table(f).probe = Probe::Refused;
     }),
     ("wsl.conf cannot be read", |f| {
-        is(&mut f.conf).reading = Reading::Failed;
+        is(&mut f.conf).unread = Some(ErrorKind::IsADirectory);
         is(&mut f.conf).warning = Some("/etc/wsl.conf: not a regular file, ignoring".to_owned());
     }),
     ("interop off, watcher gone, entry missing", |f| {
