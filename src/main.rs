@@ -78,6 +78,9 @@ Exit status: 0 success or nothing to do, 1 failure (status: something is wrong),
 See also: man 8 wsl-binfmt-generator
 ";
 
+/// What every wrong use is told.
+const FORMS: &str = "expected a verb, or one or three directories, each with a slash (./x)";
+
 /// One invocation.
 #[derive(Debug, PartialEq)]
 enum Action {
@@ -120,21 +123,8 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
         ["status", "--json"] => Ok(Action::Status { json: true }),
         ["-h" | "--help"] => Ok(Action::Help),
         ["-V" | "--version"] => Ok(Action::Version),
-        ["restore", "--watch", extra, ..]
-        | ["stopping", extra, ..]
-        | ["started" | "stopped", _, extra, ..]
-        | ["status", "--json", extra, ..]
-        | ["restore" | "guard" | "release" | "status" | "-h" | "--help" | "-V" | "--version", extra, ..] => {
-            Err(format!("unexpected argument '{extra}'"))
-        }
-        [] => Err("no arguments: expected one or three directories, or a verb".to_owned()),
-        [word] => Err(format!(
-            "unknown verb '{word}' (a directory needs a slash: './{word}')"
-        )),
-        all => Err(format!(
-            "{} arguments: expected one or three directories, or a verb",
-            all.len()
-        )),
+        [] => Err(format!("no arguments: {FORMS}")),
+        unknown => Err(format!("wrong arguments '{}': {FORMS}", unknown.join(" "))),
     }
 }
 

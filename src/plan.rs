@@ -107,7 +107,9 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
 /// interop from systemd-binfmt: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
     // To systemd, each of these ends a line.
-    let lines = drop_in.split(['\n', '\r', '\0']).map(|line| line.trim_matches([' ', '\t']));
+    let lines = drop_in
+        .split(['\n', '\r', '\0'])
+        .map(|line| line.trim_matches([' ', '\t']));
     lines
         .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']))
         .eq(["[Unit]", "ConditionVirtualization=!wsl"])

@@ -45,7 +45,8 @@ fn judge(facts: &Facts, place: &Place) -> Report {
     }
     let conf = facts.conf.known("wsl.conf", "reading /etc/wsl.conf");
     let decision = conf.as_ref().ok().copied();
-    let known = decision.filter(|d| d.noted.is_some() || d.unread != Some(ErrorKind::PermissionDenied));
+    let known =
+        decision.filter(|d| d.noted.is_some() || d.unread != Some(ErrorKind::PermissionDenied));
     let wanted = known.map(in_force);
     let mut findings = vec![platform(place)];
     if !place.has_init {

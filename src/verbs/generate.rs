@@ -95,7 +95,9 @@ fn read(host: &Host) -> (WslConf, Option<ErrorKind>, Option<String>) {
         Ok(bytes) => {
             let conf = wsl_conf::parse(&bytes);
             let stops = "WSL stops reading at this line, ignoring the rest";
-            let warning = conf.refused_line.map(|line| format!("{path}:{line}: {stops}"));
+            let warning = conf
+                .refused_line
+                .map(|line| format!("{path}:{line}: {stops}"));
             (conf, None, warning)
         }
         Err(error) => {

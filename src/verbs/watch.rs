@@ -79,6 +79,7 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
 }
 
 /// The changes to the table since the last look.
+#[derive(Default)]
 struct Change {
     /// Whether there were any.
     wrote: bool,
@@ -119,7 +120,11 @@ impl<'a> Watcher<'a> {
         Watcher {
             host,
             table: Table::unopened(host),
-            told: Told::new(log),
+            told: Told {
+                log,
+                deeds: Vec::new(),
+                problems: Vec::new(),
+            },
             burst: None,
             again_at: Some(Instant::now()),
             retry: RETRY,
@@ -143,23 +148,21 @@ impl<'a> Watcher<'a> {
         burst.quiet_at.min(burst.since + PATIENCE * self.times)
     }
 
-    fn is_fight(&self) -> bool {
-        self.times > 1
-    }
-
     /// Waits longer from now on, so that the other side can finish.
     fn give_way(&mut self) {
         // The first time it may just be other watchers doing the same work.
         if self.times == 2 {
-            self.told.fight();
+            self.told.log.warning(
+                "something keeps changing the table; waiting longer before each repair from now on",
+            );
         }
         self.times = (self.times * 2).min(LONGEST);
     }
 
     fn pace(&self) -> Duration {
-        match self.is_fight() {
-            true => PACE_IN_A_FIGHT,
-            false => PACE,
+        match self.times {
+            1 => PACE,
+            _ => PACE_IN_A_FIGHT,
         }
     }
 
@@ -170,9 +173,8 @@ impl<'a> Watcher<'a> {
             Ok(change) => (change, None),
             Err(error) => {
                 let blind = Change {
-                    wrote: false,
                     flushed: true,
-                    names: Vec::new(),
+                    ..Change::default()
                 };
                 (blind, Some(error))
             }
@@ -210,16 +212,10 @@ impl<'a> Watcher<'a> {
             self.table.forget(Some(name));
         }
         if change.wrote || (again && self.burst.is_none()) {
-            let quiet_at = now + QUIET * self.times + jitter();
-            match &mut self.burst {
-                Some(burst) => burst.quiet_at = quiet_at,
-                none => {
-                    *none = Some(Burst {
-                        since: now,
-                        quiet_at,
-                    })
-                }
-            }
+            self.burst = Some(Burst {
+                since: self.burst.as_ref().map_or(now, |burst| burst.since),
+                quiet_at: now + QUIET * self.times + jitter(),
+            });
         }
     }
 
@@ -306,14 +302,6 @@ struct Told<'a> {
 }
 
 impl Told<'_> {
-    fn new(log: &Log) -> Told<'_> {
-        Told {
-            log,
-            deeds: Vec::new(),
-            problems: Vec::new(),
-        }
-    }
-
     fn deeds(&mut self, deeds: Vec<String>) {
         if deeds.is_empty() {
             return;
@@ -348,12 +336,6 @@ impl Told<'_> {
         // It is only shown to people, so a failure does not matter.
         let _ = notify_systemd(&format!("STATUS={status}"));
         self.problems = now;
-    }
-
-    fn fight(&self) {
-        self.log.warning(
-            "something keeps changing the table; waiting longer before each repair from now on",
-        );
     }
 }
 
@@ -425,11 +407,7 @@ impl Reports {
     /// # Errors
     /// The kernel cannot report changes at present.
     fn take(&mut self, host: &Host) -> anyhow::Result<Change> {
-        let mut change = Change {
-            wrote: false,
-            flushed: false,
-            names: Vec::new(),
-        };
+        let mut change = Change::default();
         let mut lost = self.inotify.is_none();
         while let Some(inotify) = &self.inotify {
             let events = match inotify.read_events() {
