@@ -327,15 +327,16 @@ impl Record {
     }
 
     /// Registers missing rules, except those removed on purpose: these vanish without a flush, are
-    /// still missing at the next look, and are then forgotten. `missing` holds the rules that were
-    /// missing at the last look, and receives those that are now. Returns what was done, and what
+    /// still missing at the next look, and are then forgotten. `before` are the rules that were missing
+    /// at the last look, `missing` receives those that are now. Returns what was done, and what
     /// failed.
     pub fn heal(
         &mut self,
         host: &Host,
         table: &Table,
         flushed: bool,
-        missing: &mut Missing,
+        before: &[String],
+        missing: &mut Vec<String>,
     ) -> (Vec<String>, Vec<Error>) {
         let (mut deeds, mut errors) = (Vec::new(), Vec::new());
         for own in std::mem::take(&mut self.rules) {
@@ -347,13 +348,13 @@ impl Record {
             let healed = match table.inode(&name) {
                 Ok(None)
                     if self.unit.has_forgotten(host, &name)
-                        || (vanished && missing.before.contains(&name)) =>
+                        || (vanished && before.contains(&name)) =>
                 {
                     self.changed = true;
                     continue;
                 }
                 Ok(None) if vanished => {
-                    missing.now.push(name);
+                    missing.push(name);
                     Ok((own.inode, ""))
                 }
                 Ok(None) => register(table, &own).map(|inode| (inode, "was missing")),
@@ -401,15 +402,6 @@ const START: i128 = 1_000_000_000;
 
 fn nanoseconds((seconds, nanoseconds): Time) -> i128 {
     i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
-}
-
-/// The names of missing own rules.
-#[derive(Default)]
-pub struct Missing {
-    /// Those missing at the last look.
-    pub before: Vec<String>,
-    /// Those missing now.
-    pub now: Vec<String>,
 }
 
 /// Handles an own rule whose place another entry has taken.

@@ -2,13 +2,15 @@
 //! a stand-in that is in nobody's way, then for good by `settle`. No launch fails in between,
 //! because there is always one entry or the other.
 
+use std::mem;
+
 use anyhow::{bail, Context, Error};
 
 use crate::binfmt_misc::{Listed, Table};
 use crate::host::{Host, INIT, INTEROP};
 use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::machine;
-use crate::own::{Missing, Record};
+use crate::own::Record;
 
 /// Registers the stand-in if Windows programs do not go to /init, and returns what was done. The
 /// entry itself is left to `settle`, as others may be about to register that name.
@@ -66,21 +68,18 @@ pub struct Settled {
 /// What takes more than one look at the table to judge.
 #[derive(Default)]
 pub struct Pending {
+    /// Whether there will be another look, which a single `restore` does not wait for.
+    pub again: bool,
     /// Misplaced rules of others, whose owner may be about to put them ahead.
-    foreign: Vec<String>,
+    pub foreign: Vec<String>,
     /// Missing own rules: removed on purpose, or just being registered again by somebody.
-    missing: Missing,
+    pub missing: Vec<String>,
 }
 
 impl Pending {
     /// Whether another look is needed.
     pub fn is_any(&self) -> bool {
-        !self.foreign.is_empty() || self.is_missing()
-    }
-
-    /// Whether own rules are missing.
-    pub fn is_missing(&self) -> bool {
-        !self.missing.before.is_empty()
+        !self.foreign.is_empty() || !self.missing.is_empty()
     }
 }
 
@@ -88,13 +87,13 @@ impl Pending {
 /// as WSL has it, ahead of all entries that take ordinary Windows programs, and behind those with a
 /// longer magic. The stand-in is removed, if the table is `quiet`. An entry with `F` is moved only
 /// by its owner, whose file it holds; one without `F` by others too, if it was `pending` before, or
-/// at once without `pending`.
+/// if there is no look after this one.
 pub fn settle(
     host: &Host,
     table: &Table,
     flush: bool,
     quiet: bool,
-    mut pending: Option<&mut Pending>,
+    pending: &mut Pending,
 ) -> Settled {
     let _lock = table.lock();
     let mut settled = Settled::default();
@@ -103,29 +102,19 @@ pub fn settle(
         settled.unread = true;
         Vec::new()
     });
-    let mut missing = Missing::default();
-    if let Some(pending) = &mut pending {
-        missing.before = std::mem::take(&mut pending.missing.before);
-    }
+    let missing = mem::take(&mut pending.missing);
     for record in &mut records {
         record.take_up_beside(host, table);
-        let (deeds, problems) = record.heal(host, table, flush, &mut missing);
+        let (deeds, problems) = record.heal(host, table, flush, &missing, &mut pending.missing);
         settled.deeds.extend(deeds);
         settled.problems.extend(problems);
     }
-    if let Some(pending) = &mut pending {
-        pending.missing.before = missing.now;
-    }
-    let foreign = pending.map(|pending| &mut pending.foreign);
-    let steps = || {
-        settle_entry(host, table, &mut settled)?;
-        put_ahead(table, &mut records, foreign, &mut settled)?;
-        match quiet {
+    let result = settle_entry(host, table, &mut settled)
+        .and_then(|()| put_ahead(table, &mut records, pending, &mut settled))
+        .and_then(|()| match quiet {
             true => drop_stand_in(table, &mut settled),
             false => Ok(()),
-        }
-    };
-    let result = (steps)();
+        });
     settled.problems.extend(result.err());
     for record in &records {
         settled.problems.extend(record.write(host).err());
@@ -219,19 +208,18 @@ fn finish(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
 fn put_ahead(
     table: &Table,
     records: &mut [Record],
-    foreign: Option<&mut Vec<String>>,
+    pending: &mut Pending,
     settled: &mut Settled,
 ) -> anyhow::Result<()> {
     finish(table, settled)?;
-    let mut now = Vec::new();
-    let known = foreign.as_deref();
-    for listed in interop::misplaced(&table.entries()?) {
+    let entries = table.entries()?;
+    let before = mem::take(&mut pending.foreign);
+    for listed in interop::misplaced(&entries) {
         let name = &listed.name;
         let own = records.iter_mut().find(|record| record.has(listed.inode));
-        let may_move = own.is_some() || known.is_none_or(|known| known.contains(name));
         match own {
             None if listed.entry.holds_its_file() => {}
-            None if !may_move => now.push(name.clone()),
+            None if pending.again && !before.contains(name) => pending.foreign.push(name.clone()),
             own => match table.replace(
                 name,
                 listed.inode,
@@ -250,9 +238,6 @@ fn put_ahead(
                 ))),
             },
         }
-    }
-    if let Some(foreign) = foreign {
-        *foreign = now;
     }
     Ok(())
 }

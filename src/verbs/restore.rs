@@ -3,7 +3,7 @@
 use crate::binfmt_misc::Table;
 use crate::host::Host;
 use crate::log::Log;
-use crate::repair;
+use crate::repair::{self, Pending};
 
 /// Restores the entry at once, and logs what was done.
 ///
@@ -14,7 +14,7 @@ pub fn restore(host: &Host, log: &Log) -> anyhow::Result<()> {
     let table = Table::open(host)?;
     repair::cover(host, &table)?;
     let flush = repair::interop_went(host, &table);
-    let settled = repair::settle(host, &table, flush, true, None);
+    let settled = repair::settle(host, &table, flush, true, &mut Pending::default());
     for deed in settled.deeds {
         log.info(&deed);
     }

@@ -133,7 +133,10 @@ impl<'a> Watcher<'a> {
             undone: 0,
             // Possibly before the watcher started.
             flushed: true,
-            pending: Pending::default(),
+            pending: Pending {
+                again: true,
+                ..Pending::default()
+            },
             unsettled: Vec::new(),
         }
     }
@@ -265,12 +268,12 @@ impl<'a> Watcher<'a> {
         }
         let table = &self.table;
         let flush = self.flushed && repair::interop_went(self.host, table);
-        let settled = repair::settle(self.host, table, flush, quiet, Some(&mut self.pending));
+        let settled = repair::settle(self.host, table, flush, quiet, &mut self.pending);
         self.unsettled = settled.problems;
         // While the records cannot be read, remember the flush: otherwise own rules that it removed
         // would count as removed on purpose.
         self.flushed &= settled.unread;
-        if !settled.unread && !self.pending.is_missing() {
+        if !settled.unread && self.pending.missing.is_empty() {
             let noted = repair::note_interop(self.host, table);
             self.unsettled.extend(noted.err());
         }
