@@ -425,9 +425,11 @@ pub const STATUS: &[Test] = &[
         let text = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'test ! -e /run/x && \
                     update-binfmts --enable'\n";
         let distro = distro(vm, "trixie").binfmt_support().file(drop_in, text);
+        // The watcher takes a while to believe that the rule was removed on purpose.
         let fail = format!(
             "systemctl stop binfmt-support; touch /run/x; echo -1 >{TABLE}/python3.13; \
-             systemctl start binfmt-support 2>/dev/null || true; rm /run/x"
+             systemctl start binfmt-support 2>/dev/null || true; rm /run/x; \
+             while grep -q python3.13 /run/wsl-binfmt/systemd-binfmt.rules; do sleep .05; done"
         );
         state("support-failed", distro, &fail)
     }),
