@@ -1,31 +1,38 @@
 //! The Debian package is built by Debian 13 alone: its tools, its Rust (which is the `rust-version`
 //! of Cargo.toml), its lintian, no network. What it does when it is installed and removed is
-//! played in `scenarios/debian_package.rs`.
-
-#[allow(dead_code)] // Each user needs a part of it.
-mod ours;
+//! played in `debian_package.rs`.
 
 use std::fs;
 
 use anyhow::{ensure, Context};
-use wsl_vm::Machine;
 
-use ours::debian_package::{DebianPackage, FOREIGN};
-use ours::{extent, project};
+use crate::ours::debian_package::{DebianPackage, FOREIGN};
+use crate::ours::{extent, project};
 
-/// The package, or a loud word and `None` where there can be none; in CI that is a failure.
-fn package() -> anyhow::Result<Option<DebianPackage>> {
-    if !Machine::is_had_for("THE DEBIAN PACKAGE IS")? {
-        return Ok(None);
-    }
-    DebianPackage::built().map(Some)
-}
+/// What is seen of the package where it was built.
+pub const DEBIAN_BUILD: &[Check] = &[
+    (
+        "the Debian package is built offline, with the oldest supported Rust",
+        built_offline,
+    ),
+    (
+        "the Debian package is one that lintian has nothing to say of",
+        |package| {
+            let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
+            assert_eq!(package.run(lintian)?, "");
+            Ok(())
+        },
+    ),
+    (
+        "the Debian package is cross-built for the other architecture of WSL",
+        cross_built,
+    ),
+];
 
-#[test]
-fn debian_builds_it_offline_with_the_oldest_supported_rust() -> anyhow::Result<()> {
-    let Some(package) = package()? else {
-        return Ok(());
-    };
+/// A name, and what to look at.
+pub type Check = (&'static str, fn(&DebianPackage) -> anyhow::Result<()>);
+
+fn built_offline(package: &DebianPackage) -> anyhow::Result<()> {
     let manifest = fs::read_to_string(project().join("Cargo.toml"))?;
     let claimed = manifest
         .lines()
@@ -59,14 +66,10 @@ fn debian_builds_it_offline_with_the_oldest_supported_rust() -> anyhow::Result<(
     Ok(())
 }
 
-#[test]
-fn it_is_cross_built_for_the_other_architecture_of_wsl() -> anyhow::Result<()> {
+fn cross_built(package: &DebianPackage) -> anyhow::Result<()> {
     if !extent::has("CROSS-BUILDING IS")? {
         return Ok(());
     }
-    let Some(package) = package()? else {
-        return Ok(());
-    };
     package.built_for_foreign()?;
     let said = package.run(
         "cd /build/foreign
@@ -82,15 +85,5 @@ fn it_is_cross_built_for_the_other_architecture_of_wsl() -> anyhow::Result<()> {
         _ => "Advanced Micro Devices X86-64",
     };
     assert_eq!(said, format!("{FOREIGN}\n{machine}\n"));
-    Ok(())
-}
-
-#[test]
-fn lintian_has_nothing_to_say() -> anyhow::Result<()> {
-    let Some(package) = package()? else {
-        return Ok(());
-    };
-    let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
-    assert_eq!(package.run(lintian)?, "");
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! What is seen is compared line by line. How much of it is played, `ours/extent.rs` says.
 
 mod by_hand;
+mod debian_build;
 mod debian_package;
 mod faults;
 mod generations;
@@ -31,7 +32,7 @@ mod verbs;
 mod watch;
 
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
 use anyhow::{bail, ensure, Context};
@@ -91,15 +92,16 @@ const ALONE: &[&str] = &[
     "status: says the same on a busy machine",
 ];
 
-/// Builds the Debian package, which takes a minute, for the first test that needs it.
-fn package_is_built() -> anyhow::Result<()> {
-    static BUILT: Mutex<bool> = Mutex::new(false);
+/// The Debian package. It takes a minute to build, which the first test that needs it does.
+fn package() -> anyhow::Result<Arc<DebianPackage>> {
+    static BUILT: Mutex<Option<Arc<DebianPackage>>> = Mutex::new(None);
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if !*built {
-        DebianPackage::built()?;
-        *built = true;
-    }
-    Ok(())
+    let package = match &*built {
+        Some(package) => package.clone(),
+        None => Arc::new(DebianPackage::built()?),
+    };
+    *built = Some(package.clone());
+    Ok(package)
 }
 
 /// Each scenario on each suite.
@@ -176,6 +178,11 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         assert!(tests.iter().any(|(name, _)| name == listed), "{listed}?");
     }
     tests.retain(|(name, _)| extent::is_all() || !LONG.contains(name));
+    // First, so that others are played meanwhile.
+    for (name, check) in debian_build::DEBIAN_BUILD {
+        let check = |_: &Machine| check(&*package()?);
+        add((*name).to_owned(), Box::new(check));
+    }
     for (name, _) in tests {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
@@ -190,7 +197,7 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
     }
     for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
         let check = |machine: &Machine| {
-            package_is_built()?;
+            package()?;
             machine.in_vm(&[name]).map(drop)
         };
         add((*name).to_owned(), Box::new(check));
