@@ -53,6 +53,7 @@ pub struct Builder<'vm> {
     environment: Vec<String>,
     init: bool,
     read_only: bool,
+    nested_cgroup: bool,
     masked: Vec<String>,
     copies: Vec<(PathBuf, String)>,
     links: Vec<(String, String)>,
@@ -72,6 +73,7 @@ impl<'vm> Builder<'vm> {
             environment: Generation::None.environment(),
             init: true,
             read_only: false,
+            nested_cgroup: false,
             masked: vm.given.masked.clone(),
             copies: Vec::new(),
             links: Vec::new(),
@@ -156,13 +158,32 @@ impl<'vm> Builder<'vm> {
         self
     }
 
+    /// With systemd in `/wsl-user/distro-NAME/systemd` of the VM's cgroups, all of which it sees,
+    /// as with `isolateDistroCgroup` in .wslconfig. There NAME is a number, `/wsl-user` may use
+    /// less memory and processor time than the VM, and what WSL itself starts in the distro is in
+    /// another cgroup. Here no cgroup has controllers.
+    pub fn nested_cgroup(mut self) -> Self {
+        self.nested_cgroup = true;
+        self
+    }
+
+    /// Its place among the VM's cgroups. Unless it is nested, it also has a cgroup namespace, which
+    /// WSL gives to none: there, every systemd is at the root of the VM's cgroups.
+    fn cgroup(&self) -> PathBuf {
+        let of_vm = &self.vm.given.cgroup;
+        if self.nested_cgroup {
+            of_vm.join("wsl-user").join(format!("distro-{}", self.name))
+        } else {
+            of_vm.join(&self.name)
+        }
+    }
+
     /// Boots it, and waits until systemd has started what it was to start.
     pub fn boot(self) -> anyhow::Result<Distro> {
         let directory = PathBuf::from("/vm").join(&self.name);
-        self.lay_out(&directory)
+        let cgroup = self.cgroup();
+        self.lay_out(&directory, &cgroup)
             .with_context(|| format!("laying out the distro {}", self.name))?;
-        let cgroup = self.vm.given.cgroup.join(&self.name);
-        fs::create_dir(&cgroup)?;
 
         let mut child = Command::new("/proc/self/exe")
             .arg(DISTRO_STAGE)
@@ -193,7 +214,7 @@ impl<'vm> Builder<'vm> {
         }
     }
 
-    fn lay_out(&self, directory: &Path) -> anyhow::Result<()> {
+    fn lay_out(&self, directory: &Path, cgroup: &Path) -> anyhow::Result<()> {
         for name in ["upper", "work", "root"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -205,10 +226,13 @@ impl<'vm> Builder<'vm> {
             None => self.vm.given.tree(&self.suite),
         };
         symlink(&tree, directory.join("tree"))?;
-        symlink(
-            self.vm.given.cgroup.join(&self.name),
-            directory.join("cgroup"),
-        )?;
+        let mut cgroup = cgroup.to_owned();
+        if self.nested_cgroup {
+            fs::write(directory.join("nested-cgroup"), "")?;
+            cgroup.push("systemd");
+        }
+        fs::create_dir_all(&cgroup)?;
+        symlink(cgroup, directory.join("cgroup"))?;
         if self.read_only {
             fs::write(directory.join("read-only"), "")?;
         }
