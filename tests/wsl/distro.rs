@@ -198,12 +198,17 @@ impl<'vm> Builder<'vm> {
             pid: pid.trim().to_owned(),
             child,
             cgroup,
+            patience: None,
         };
         let deadline = Instant::now() + TIMEOUT;
         loop {
             // Until systemd listens, systemctl has no answer.
             let answer = distro.systemctl(&["is-system-running", "--wait"]);
             if ["running", "degraded", "maintenance"].contains(&answer.trim()) {
+                // Changes apply to the next boot, as in WSL.
+                let conf = format!("/proc/{}/root/etc/wsl.conf", distro.pid);
+                let conf = fs::read_to_string(conf).unwrap_or_default();
+                distro.patience = self.generation.patience(&conf);
                 return Ok(distro);
             }
             if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
@@ -325,6 +330,8 @@ pub struct Distro {
     pid: String,
     child: Child,
     cgroup: PathBuf,
+    /// How long WSL lets it power off.
+    patience: Option<Duration>,
 }
 
 impl Distro {
@@ -431,22 +438,42 @@ impl Distro {
         }
     }
 
-    /// `systemctl poweroff`, as WSL does it to stop a distro.
-    pub fn poweroff(mut self) -> anyhow::Result<()> {
-        self.systemctl(&["--no-block", "poweroff"]);
-        let deadline = Instant::now() + TIMEOUT;
-        while self.child.try_wait()?.is_none() {
-            ensure!(
-                Instant::now() < deadline,
-                "{} does not power off",
-                self.name
-            );
-            thread::sleep(Duration::from_millis(10));
+    /// Its end as WSL makes it, at `wsl --terminate` and when it is idle: systemd is asked to shut
+    /// down, and what then still runs is killed, after a while or at once. WSL kills by reboot(2)
+    /// in the distro, which ends PID 1 and all others with it; here that comes from outside, and
+    /// some milliseconds later. Before 2.9.3 WSL kills at once if systemctl fails, which is not so
+    /// here.
+    pub fn terminate(mut self) -> anyhow::Result<()> {
+        if let Some(patience) = self.patience {
+            self.systemctl(&["poweroff"]);
+            self.is_gone_within(patience)?;
+        } else {
+            self.systemctl(&["reboot"]);
         }
+        self.kill();
         Ok(())
     }
 
-    /// Kills all that runs in it, as WSL does if that takes too long.
+    /// `systemctl poweroff`, which may take as long as it does.
+    pub fn poweroff(mut self) -> anyhow::Result<()> {
+        self.systemctl(&["--no-block", "poweroff"]);
+        let is_gone = self.is_gone_within(TIMEOUT)?;
+        ensure!(is_gone, "{} does not power off", self.name);
+        Ok(())
+    }
+
+    fn is_gone_within(&mut self, time: Duration) -> anyhow::Result<bool> {
+        let deadline = Instant::now() + time;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(true)
+    }
+
+    /// Kills all that runs in it, as reboot(2) does there.
     pub fn kill(self) {
         drop(self);
     }
