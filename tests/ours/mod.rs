@@ -21,7 +21,7 @@ pub const PACKAGES: &[&str] = &["python3-minimal", "binfmt-support", "man-db"];
 
 /// How long a hammer lets others work after each launch while a distro leads its life, which several
 /// do at once. What stock distros lose lasts longer.
-const PAUSE: Duration = Duration::from_millis(2);
+pub const PAUSE: Duration = Duration::from_millis(2);
 
 const BINFMT_SUPPORT: &str = "binfmt-support.service";
 const NAME: &str = "wsl-binfmt-generator";

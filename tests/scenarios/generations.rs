@@ -5,7 +5,7 @@ use wsl_vm::Generation;
 
 use crate::ours::life::{Life, PROMISED};
 use crate::ours::Install;
-use crate::promises::{Expect, Scenario, Setting};
+use crate::promises::{state, Expect, Scenario, Setting};
 
 const fn scenario(
     name: &'static str,
@@ -60,6 +60,39 @@ pub const SCENARIOS: &[Scenario] = &[
             ])
         },
         expect: Expect::Same(&[".exe at boot: Exec format error", "drop-ins: "]),
+    },
+    Scenario {
+        name: "WSL with a cgroup for each distro",
+        play: |setting| {
+            let mine = setting.mine().nested_cgroup().boot()?;
+            let mut seen = vec![
+                mine.run("grep ^0: /proc/1/cgroup").trim().to_owned(),
+                setting.exe("at boot"),
+            ];
+            for command in ["restart systemd-binfmt", "daemon-reload"] {
+                setting.vm.renew_interop()?;
+                mine.run(&format!("systemctl {command}"));
+                seen.push(setting.exe(&format!("after {command}")));
+            }
+            seen.push(state(&mine));
+            Ok(seen)
+        },
+        expect: Expect::Differs {
+            stock: &[
+                "0::/wsl-user/distro-mine/systemd/init.scope",
+                ".exe at boot: Exec format error",
+                ".exe after restart systemd-binfmt: Exec format error",
+                ".exe after daemon-reload: starts",
+                "systemd-binfmt active, system running",
+            ],
+            ours: &[
+                "0::/wsl-user/distro-mine/systemd/init.scope",
+                ".exe at boot: starts",
+                ".exe after restart systemd-binfmt: starts",
+                ".exe after daemon-reload: starts",
+                "systemd-binfmt active, system running",
+            ],
+        },
     },
 ];
 

@@ -5,6 +5,7 @@
 mod by_hand;
 mod debian_build;
 mod debian_package;
+mod ends;
 mod faults;
 mod generations;
 mod in_the_image;
@@ -31,6 +32,7 @@ mod strace;
 mod verbs;
 mod watch;
 
+use std::collections::HashSet;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
@@ -54,6 +56,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (generations::SCENARIOS, SUITES),
     (generations::LOCK, &["bookworm", "trixie", "forky"]),
     (generations::LOCK_BEFORE_250, &["bullseye"]),
+    (ends::ENDS, SUITES),
     (release::RELEASE, &["bookworm", "trixie"]),
     (packages::SCENARIOS, packages::SUITES),
     (security::UNITS, SUITES),
@@ -80,8 +83,10 @@ const TESTS: &[&[Test]] = &[
 /// Tests that need the Debian package.
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
 
-/// Those that are played only where all is: they take minutes, and there is another one like them.
+/// Those that are played only where all is: they take long, and there is another one like them.
 const LONG: &[&str] = &[
+    "distros that WSL terminates: bullseye, stock",
+    "distros that WSL terminates: bullseye, ours",
     "neighbours: WSL that does nothing for interop",
     "neighbours: WSL with a lock",
 ];
@@ -157,7 +162,12 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
 fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
     static QUIET: RwLock<()> = RwLock::new(());
     let mut trials = Vec::new();
+    let mut listed: HashSet<_> = ALONE.iter().chain(LONG).copied().collect();
     let mut add = |name: String, check: Check| {
+        listed.remove(&*name);
+        if LONG.contains(&&*name) && !extent::is_all() {
+            return;
+        }
         let alone = ALONE.contains(&&*name);
         let run = move || {
             let machine = machine.ok_or("there is no VM to play in")?;
@@ -173,17 +183,12 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         };
         trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
     };
-    let mut tests: Vec<_> = TESTS.iter().copied().flatten().collect();
-    for listed in ALONE.iter().chain(LONG) {
-        assert!(tests.iter().any(|(name, _)| name == listed), "{listed}?");
-    }
-    tests.retain(|(name, _)| extent::is_all() || !LONG.contains(name));
     // First, so that others are played meanwhile.
     for (name, check) in debian_build::DEBIAN_BUILD {
         let check = |_: &Machine| check(&*package()?);
         add((*name).to_owned(), Box::new(check));
     }
-    for (name, _) in tests {
+    for (name, _) in TESTS.iter().copied().flatten() {
         let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
         add((*name).to_owned(), Box::new(check));
     }
@@ -202,6 +207,7 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
         };
         add((*name).to_owned(), Box::new(check));
     }
+    assert!(listed.is_empty(), "{listed:?}?");
     let all = trials.len();
     let numbered = trials.into_iter().enumerate();
     numbered

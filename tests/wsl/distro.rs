@@ -53,6 +53,7 @@ pub struct Builder<'vm> {
     environment: Vec<String>,
     init: bool,
     read_only: bool,
+    nested_cgroup: bool,
     masked: Vec<String>,
     copies: Vec<(PathBuf, String)>,
     links: Vec<(String, String)>,
@@ -72,6 +73,7 @@ impl<'vm> Builder<'vm> {
             environment: Generation::None.environment(),
             init: true,
             read_only: false,
+            nested_cgroup: false,
             masked: vm.given.masked.clone(),
             copies: Vec::new(),
             links: Vec::new(),
@@ -156,13 +158,32 @@ impl<'vm> Builder<'vm> {
         self
     }
 
+    /// With systemd in `/wsl-user/distro-NAME/systemd` of the VM's cgroups, all of which it sees,
+    /// as with `isolateDistroCgroup` in .wslconfig. There NAME is a number, `/wsl-user` may use
+    /// less memory and processor time than the VM, and what WSL itself starts in the distro is in
+    /// another cgroup. Here no cgroup has controllers.
+    pub fn nested_cgroup(mut self) -> Self {
+        self.nested_cgroup = true;
+        self
+    }
+
+    /// Its place among the VM's cgroups. Unless it is nested, it also has a cgroup namespace, which
+    /// WSL gives to none: there, every systemd is at the root of the VM's cgroups.
+    fn cgroup(&self) -> PathBuf {
+        let of_vm = &self.vm.given.cgroup;
+        if self.nested_cgroup {
+            of_vm.join("wsl-user").join(format!("distro-{}", self.name))
+        } else {
+            of_vm.join(&self.name)
+        }
+    }
+
     /// Boots it, and waits until systemd has started what it was to start.
     pub fn boot(self) -> anyhow::Result<Distro> {
         let directory = PathBuf::from("/vm").join(&self.name);
-        self.lay_out(&directory)
+        let cgroup = self.cgroup();
+        self.lay_out(&directory, &cgroup)
             .with_context(|| format!("laying out the distro {}", self.name))?;
-        let cgroup = self.vm.given.cgroup.join(&self.name);
-        fs::create_dir(&cgroup)?;
 
         let mut child = Command::new("/proc/self/exe")
             .arg(DISTRO_STAGE)
@@ -177,12 +198,17 @@ impl<'vm> Builder<'vm> {
             pid: pid.trim().to_owned(),
             child,
             cgroup,
+            patience: None,
         };
         let deadline = Instant::now() + TIMEOUT;
         loop {
             // Until systemd listens, systemctl has no answer.
             let answer = distro.systemctl(&["is-system-running", "--wait"]);
             if ["running", "degraded", "maintenance"].contains(&answer.trim()) {
+                // Changes apply to the next boot, as in WSL.
+                let conf = format!("/proc/{}/root/etc/wsl.conf", distro.pid);
+                let conf = fs::read_to_string(conf).unwrap_or_default();
+                distro.patience = self.generation.patience(&conf);
                 return Ok(distro);
             }
             if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
@@ -193,7 +219,7 @@ impl<'vm> Builder<'vm> {
         }
     }
 
-    fn lay_out(&self, directory: &Path) -> anyhow::Result<()> {
+    fn lay_out(&self, directory: &Path, cgroup: &Path) -> anyhow::Result<()> {
         for name in ["upper", "work", "root"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -205,10 +231,13 @@ impl<'vm> Builder<'vm> {
             None => self.vm.given.tree(&self.suite),
         };
         symlink(&tree, directory.join("tree"))?;
-        symlink(
-            self.vm.given.cgroup.join(&self.name),
-            directory.join("cgroup"),
-        )?;
+        let mut cgroup = cgroup.to_owned();
+        if self.nested_cgroup {
+            fs::write(directory.join("nested-cgroup"), "")?;
+            cgroup.push("systemd");
+        }
+        fs::create_dir_all(&cgroup)?;
+        symlink(cgroup, directory.join("cgroup"))?;
         if self.read_only {
             fs::write(directory.join("read-only"), "")?;
         }
@@ -301,6 +330,8 @@ pub struct Distro {
     pid: String,
     child: Child,
     cgroup: PathBuf,
+    /// How long WSL lets it power off.
+    patience: Option<Duration>,
 }
 
 impl Distro {
@@ -407,22 +438,42 @@ impl Distro {
         }
     }
 
-    /// `systemctl poweroff`, as WSL does it to stop a distro.
-    pub fn poweroff(mut self) -> anyhow::Result<()> {
-        self.systemctl(&["--no-block", "poweroff"]);
-        let deadline = Instant::now() + TIMEOUT;
-        while self.child.try_wait()?.is_none() {
-            ensure!(
-                Instant::now() < deadline,
-                "{} does not power off",
-                self.name
-            );
-            thread::sleep(Duration::from_millis(10));
+    /// Its end as WSL makes it, at `wsl --terminate` and when it is idle: systemd is asked to shut
+    /// down, and what then still runs is killed, after a while or at once. WSL kills by reboot(2)
+    /// in the distro, which ends PID 1 and all others with it; here that comes from outside, and
+    /// some milliseconds later. Before 2.9.3 WSL kills at once if systemctl fails, which is not so
+    /// here.
+    pub fn terminate(mut self) -> anyhow::Result<()> {
+        if let Some(patience) = self.patience {
+            self.systemctl(&["poweroff"]);
+            self.is_gone_within(patience)?;
+        } else {
+            self.systemctl(&["reboot"]);
         }
+        self.kill();
         Ok(())
     }
 
-    /// Kills all that runs in it, as WSL does if that takes too long.
+    /// `systemctl poweroff`, which may take as long as it does.
+    pub fn poweroff(mut self) -> anyhow::Result<()> {
+        self.systemctl(&["--no-block", "poweroff"]);
+        let is_gone = self.is_gone_within(TIMEOUT)?;
+        ensure!(is_gone, "{} does not power off", self.name);
+        Ok(())
+    }
+
+    fn is_gone_within(&mut self, time: Duration) -> anyhow::Result<bool> {
+        let deadline = Instant::now() + time;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(true)
+    }
+
+    /// Kills all that runs in it, as reboot(2) does there.
     pub fn kill(self) {
         drop(self);
     }

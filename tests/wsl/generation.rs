@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{bail, Context};
 
@@ -127,6 +128,19 @@ impl Generation {
                     lock(root)?;
                 }
                 write_generator(root, &self.unrelated())
+            }
+        }
+    }
+
+    /// How long it waits for a distro to power off before it kills it. Before 2.6.2 it does not
+    /// wait at all, and says it is a reboot.
+    pub(super) fn patience(self, conf: &str) -> Option<Duration> {
+        match self {
+            Generation::None | Generation::Oneshot | Generation::DropinLate => None,
+            Generation::Dropin | Generation::Lock => {
+                let time = setting(conf, "boot", "initTimeout");
+                let time = time.and_then(|milliseconds| milliseconds.parse().ok());
+                Some(Duration::from_millis(time.unwrap_or(10_000)))
             }
         }
     }

@@ -5,7 +5,7 @@
 // - `cgroup.rs`: what holds a VM's processes, and ends them
 // - `debian.rs`: the Debian trees that distros boot from
 // - `vm.rs`, inside: the table, launching an `.exe`, the hammer
-// - `distro.rs`: booting a distro in the VM, running commands in it, powering it off
+// - `distro.rs`: booting a distro in the VM, running commands in it, ending it
 // - `stages.rs`: what a distro's first processes do before systemd runs
 // - `generation.rs`: what WSL itself does for interop, by its version
 // - `image.rs`, `unpack.rs`: images that somebody made, looked at and unpacked

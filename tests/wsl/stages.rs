@@ -17,19 +17,21 @@ use super::{mount, PID1_STAGE};
 
 /// Becomes the distro's keeper on the VM's side: makes the namespaces, and waits for its PID 1.
 pub fn distro(directory: &str) -> anyhow::Result<()> {
-    let procs = Path::new(directory).join("cgroup/cgroup.procs");
+    let directory = Path::new(directory);
+    let procs = directory.join("cgroup/cgroup.procs");
     fs::write(&procs, std::process::id().to_string())?;
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    unshare(
-        CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWCGROUP,
-    )
-    .context("unsharing a distro's namespaces")?;
+    let mut namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC;
+    if !directory.join("nested-cgroup").exists() {
+        namespaces |= CloneFlags::CLONE_NEWCGROUP;
+    }
+    unshare(namespaces).context("unsharing a distro's namespaces")?;
     let mut child = Command::new("/proc/self/exe")
-        .args([PID1_STAGE, directory])
+        .arg(PID1_STAGE)
+        .arg(directory)
         .stdout(Stdio::null())
         .spawn()?;
     println!("{}", child.id());

@@ -39,6 +39,8 @@ pub fn stage(play: impl FnOnce(&Vm) -> anyhow::Result<()>) -> anyhow::Result<()>
         .context("unsharing a user namespace")?;
     println!("unshared");
     io::stdin().lock().read_line(&mut String::new())?;
+    // Not before: this process has only now been put into the VM's cgroup, which becomes the root.
+    unshare(CloneFlags::CLONE_NEWCGROUP).context("unsharing a cgroup namespace")?;
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     let vm = Vm::start()?;
     play(&vm)
