@@ -42,11 +42,8 @@ const STATUS: &str = "status";
 /// System calls, wake-ups and processor time of all watchers together, after one wipe.
 type Storm = [&'static str; 3];
 const ALIKE: Storm = ["system calls", "times woken", "processor time"];
-const APART: Storm = [
-    "system calls, own rules",
-    "times woken, own rules",
-    "processor time, own rules",
-];
+const APART: Storm =
+    ["system calls, own rules", "times woken, own rules", "processor time, own rules"];
 
 /// Inside the VM: prints what was measured, a line each: what, of how many, and in microseconds or
 /// in number.
@@ -106,9 +103,7 @@ fn distros(vm: &Vm) -> anyhow::Result<()> {
         storm(vm, count, &ALIKE, 0)?;
         for (number, distro) in running.iter().enumerate() {
             let rule = rule(&format!("rule{number}"), number);
-            distro.run(&format!(
-                "printf '%s' '{rule}' >/etc/binfmt.d/own.conf; {RESTARTED}"
-            ));
+            distro.run(&format!("printf '%s' '{rule}' >/etc/binfmt.d/own.conf; {RESTARTED}"));
         }
         settled()?;
         storm(vm, count, &APART, count)?;
@@ -150,9 +145,8 @@ fn storm(
 
 fn boot(vm: &Vm, name: &str) -> anyhow::Result<Distro> {
     // All distros of the VM are one user's, who has 128 inotify instances.
-    let builder: Builder = SPARED
-        .iter()
-        .fold(vm.packaged(name)?, |builder, unit| builder.masked(unit));
+    let builder: Builder =
+        SPARED.iter().fold(vm.packaged(name)?, |builder, unit| builder.masked(unit));
     builder.boot()
 }
 
@@ -230,15 +224,10 @@ struct Used {
 }
 
 fn used() -> anyhow::Result<Used> {
-    let mut used = Used {
-        woken: 0,
-        processor: Duration::ZERO,
-    };
+    let mut used = Used { woken: 0, processor: Duration::ZERO };
     for pid in watchers()? {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let woken = status
-            .lines()
-            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        let woken = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
         used.woken += woken.context("no count")?.trim().parse::<u64>()?;
         let times = fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
         let running = times.split(' ').next().context("no time")?;
@@ -283,9 +272,7 @@ fn system_calls(vm: &Vm, watchers: &[u32]) -> anyhow::Result<u64> {
     }
     vm.write("status", "-1")?;
     settled()?;
-    let told = Command::new("kill")
-        .args(["-s", "INT", &strace.id().to_string()])
-        .status()?;
+    let told = Command::new("kill").args(["-s", "INT", &strace.id().to_string()]).status()?;
     ensure!(told.success(), "kill: {told}");
     strace.wait()?;
     let counted = fs::read_to_string("/vm/calls")?;
@@ -348,10 +335,7 @@ impl Medians {
             true => "met",
             false => "missed",
         };
-        writeln!(
-            plot,
-            "    {verdict}: at most {worst:.2} of linear from one to the next\n"
-        )?;
+        writeln!(plot, "    {verdict}: at most {worst:.2} of linear from one to the next\n")?;
         Ok(plot)
     }
 }
@@ -368,10 +352,7 @@ fn show() -> anyhow::Result<bool> {
     };
     let (stock, ours) = (measured("stock")?, measured("ours")?);
     println!("Own rules of one distro, medians of {RUNS} runs (status {STATUS_RUNS}):\n");
-    println!(
-        "| | {} |\n|---|---|---|---|",
-        ENTRIES.map(|n| n.to_string()).join(" | ")
-    );
+    println!("| | {} |\n|---|---|---|---|", ENTRIES.map(|n| n.to_string()).join(" | "));
     let row = |name: &str, of: &Medians, what: &str, counts: &[usize]| -> anyhow::Result<()> {
         let cell =
             |count: &usize| -> anyhow::Result<String> { Ok(shown(what, of.get(what, *count)?)) };
@@ -392,10 +373,7 @@ fn show() -> anyhow::Result<bool> {
     println!(
         "Distros of ours, medians of {RUNS} runs (status {STATUS_RUNS}, the rest {STORMS}):\n"
     );
-    println!(
-        "| | {} |\n|---|---|---|---|---|---|",
-        DISTROS.map(|n| n.to_string()).join(" | ")
-    );
+    println!("| | {} |\n|---|---|---|---|---|---|", DISTROS.map(|n| n.to_string()).join(" | "));
     let all = || {
         let of_one = [RESTART, STAND_IN, HEAL, STATUS].into_iter();
         of_one.chain(ALIKE).chain(APART)

@@ -47,10 +47,7 @@ struct Subject {
 
 /// All of them lie side by side, on the same file system.
 fn subjects() -> Vec<Subject> {
-    let named = |(name, file)| Subject {
-        name,
-        path: format!("/mnt/{file}"),
-    };
+    let named = |(name, file)| Subject { name, path: format!("/mnt/{file}") };
     let subjects = [
         (FLOOR, "floor"),
         (OURS, OURS),
@@ -126,19 +123,12 @@ fn lay_out(bench: &Path, package: &Path, floor: &Path, of_the_vm: &Path) -> anyh
     fs::copy(floor, bench.join("floor"))?;
     fs::copy(of_the_vm, bench.join("static"))?;
     for (case, name) in [("01-wsl2", "wsl"), ("20-native-linux", "native")] {
-        let from = Path::new(PROJECT)
-            .join("tests/generate")
-            .join(case)
-            .join("root");
-        run(Command::new("cp")
-            .arg("-r")
-            .args([&from, &bench.join(name)]))?;
+        let from = Path::new(PROJECT).join("tests/generate").join(case).join("root");
+        run(Command::new("cp").arg("-r").args([&from, &bench.join(name)]))?;
     }
     for deb in fs::read_dir(package)? {
         let unpacked = bench.join("package");
-        run(Command::new("dpkg-deb")
-            .arg("-x")
-            .args([&deb?.path(), &unpacked]))?;
+        run(Command::new("dpkg-deb").arg("-x").args([&deb?.path(), &unpacked]))?;
         let program = unpacked.join(&GENERATORS[1..]).join(OURS);
         fs::copy(program, bench.join(OURS))?;
     }
@@ -149,10 +139,7 @@ fn lay_out(bench: &Path, package: &Path, floor: &Path, of_the_vm: &Path) -> anyh
 fn finish() -> anyhow::Result<()> {
     run(Command::new("strip").arg("/mnt/static"))?;
     for name in [GETTY, DEBUG, ZRAM] {
-        fs::copy(
-            Path::new(GENERATORS).join(name),
-            Path::new("/mnt").join(name),
-        )?;
+        fs::copy(Path::new(GENERATORS).join(name), Path::new("/mnt").join(name))?;
     }
     empty_output()?;
     let ours = Command::new(Path::new("/mnt").join(OURS));
@@ -280,24 +267,12 @@ fn instructions(subject: &Subject, setting: Setting) -> anyhow::Result<Option<u6
 fn system_calls(subject: &Subject, setting: Setting) -> anyhow::Result<u64> {
     empty_output()?;
     let mut strace = Command::new("strace");
-    strace.args([
-        "-f",
-        "-c",
-        "-U",
-        "calls,name",
-        "-o",
-        "/mnt/log",
-        &subject.path,
-    ]);
+    strace.args(["-f", "-c", "-U", "calls,name", "-o", "/mnt/log", &subject.path]);
     run(&mut arguments(strace, setting))?;
     let log = fs::read_to_string("/mnt/log")?;
     let total = log.lines().find(|line| line.ends_with(" total"));
     let total = total.with_context(|| format!("what did strace say? {log}"))?;
-    Ok(total
-        .split_whitespace()
-        .next()
-        .context("no count")?
-        .parse()?)
+    Ok(total.split_whitespace().next().context("no count")?.parse()?)
 }
 
 /// Resident at most, in KiB, and page faults. What is less than time(1) itself needs is not seen.
@@ -319,10 +294,7 @@ fn relocations(program: &str) -> anyhow::Result<(usize, usize)> {
         let is_one = |line: &&str| kinds.iter().any(|kind| line.contains(kind));
         listed.lines().filter(is_one).count()
     };
-    Ok((
-        count(&["_RELATIVE"]),
-        count(&["_GLOB_DAT", "_JUMP_SLO", "_64 ", "_ABS64 "]),
-    ))
+    Ok((count(&["_RELATIVE"]), count(&["_GLOB_DAT", "_JUMP_SLO", "_64 ", "_ABS64 "])))
 }
 
 fn run(command: &mut Command) -> anyhow::Result<()> {
@@ -335,9 +307,7 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
 /// names of its functions. What is generic counts for the crate that uses it.
 fn shares() -> anyhow::Result<Vec<(String, u64)>> {
     let program = env!("CARGO_BIN_EXE_wsl-binfmt-generator");
-    let symbols = Command::new("nm")
-        .args(["-S", "-t", "d", program])
-        .output()?;
+    let symbols = Command::new("nm").args(["-S", "-t", "d", program]).output()?;
     let mut shares = BTreeMap::new();
     for line in String::from_utf8(symbols.stdout)?.lines() {
         let fields: Vec<_> = line.split_whitespace().collect();
@@ -354,10 +324,7 @@ fn shares() -> anyhow::Result<Vec<(String, u64)>> {
 fn crate_of(symbol: &str) -> &'static str {
     const CRATES: [(&str, &[&str]); 5] = [
         ("this project", &["wsl_binfmt_generator"]),
-        (
-            "rust-ini",
-            &["3ini", "ordered_multimap", "dlv_list", "hashbrown"],
-        ),
+        ("rust-ini", &["3ini", "ordered_multimap", "dlv_list", "hashbrown"]),
         ("anyhow", &["6anyhow"]),
         ("camino", &["6camino"]),
         ("nix", &["3nix"]),
@@ -436,20 +403,14 @@ fn bench() -> anyhow::Result<()> {
     let package = DebianPackage::built()?;
     let floor = build_floor(&package)?;
     let package = package.directory.join("package");
-    enter_tree("trixie", TOOLS, |root| {
-        lay_out(root, &package, &floor, &ours::program()?)
-    })?;
+    enter_tree("trixie", TOOLS, |root| lay_out(root, &package, &floor, &ours::program()?))?;
     finish()?;
     print()?;
 
     let code: u64 = shares.iter().map(|(_, size)| size).sum();
     let share = |(name, size): &(String, u64)| format!("{name} {} %", size * 100 / code);
     let shares: Vec<_> = shares.iter().map(share).collect();
-    println!(
-        "\nIts machine code, {} kB: {}",
-        code / 1000,
-        shares.join(", ")
-    );
+    println!("\nIts machine code, {} kB: {}", code / 1000, shares.join(", "));
     Ok(())
 }
 

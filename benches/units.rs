@@ -109,28 +109,19 @@ fn bash(distro: &Distro, commands: &str) -> String {
 fn boot(distro: &Distro) -> anyhow::Result<String> {
     let stamp = |what: &str| -> anyhow::Result<u64> {
         let stamp = distro.run(&format!("systemctl show --value --property={what}"));
-        stamp
-            .trim()
-            .parse()
-            .with_context(|| format!("{what}: {stamp}"))
+        stamp.trim().parse().with_context(|| format!("{what}: {stamp}"))
     };
     let start = stamp("UserspaceTimestampMonotonic")?;
     let sysinit = stamp("ActiveEnterTimestampMonotonic sysinit.target")?;
     let all = stamp("FinishTimestampMonotonic")?;
     ensure!(start < sysinit && sysinit < all, "{start} {sysinit} {all}");
-    Ok(format!(
-        "to sysinit.target:{}\nto the last unit:{}\n",
-        sysinit - start,
-        all - start
-    ))
+    Ok(format!("to sysinit.target:{}\nto the last unit:{}\n", sysinit - start, all - start))
 }
 
 /// The median of what was measured of that.
 fn median(measured: &str, whose: &str, what: &str) -> anyhow::Result<(Duration, usize)> {
     let prefix = format!("{whose}:{what}:");
-    let times = measured
-        .lines()
-        .filter_map(|line| line.strip_prefix(&prefix));
+    let times = measured.lines().filter_map(|line| line.strip_prefix(&prefix));
     let mut times: Vec<u64> = times.map(str::parse).collect::<Result<_, _>>()?;
     ensure!(times.len() >= ROUNDS, "{what}: {} of {whose}", times.len());
     times.sort_unstable();
@@ -146,10 +137,7 @@ fn show() -> anyhow::Result<bool> {
         for what in ["boot", "apt"] {
             measured += &machine.in_vm(&[what, generation.name()])?;
         }
-        println!(
-            "\nWSL {}: medians, stock and ours in turn\n",
-            generation.versions()
-        );
+        println!("\nWSL {}: medians, stock and ours in turn\n", generation.versions());
         println!("| | stock | ours | ratio | goal | runs of each |\n|---|---|---|---|---|---|");
         for (what, goal) in GOALS {
             let (stock, runs) = median(&measured, "stock", what)?;

@@ -104,10 +104,7 @@ fn watcher(vm: &Vm) -> anyhow::Result<()> {
         vm.write("status", "-1")?;
         let start = Instant::now();
         while vm.entries().is_empty() {
-            ensure!(
-                start.elapsed() < Duration::from_secs(5),
-                "nothing stands in"
-            );
+            ensure!(start.elapsed() < Duration::from_secs(5), "nothing stands in");
         }
         times.push(start.elapsed());
         thread::sleep(Duration::from_millis(1));
@@ -142,12 +139,9 @@ fn of_watcher(mine: &Distro, file: &str) -> String {
 /// How often it has been given a processor.
 fn switches(mine: &Distro) -> anyhow::Result<u64> {
     let status = of_watcher(mine, "status");
-    let counts = status
-        .lines()
-        .filter_map(|line| line.split_once("ctxt_switches:"));
-    let counts: Vec<u64> = counts
-        .map(|(_, count)| count.trim().parse())
-        .collect::<Result<_, _>>()?;
+    let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+    let counts: Vec<u64> =
+        counts.map(|(_, count)| count.trim().parse()).collect::<Result<_, _>>()?;
     ensure!(counts.len() == 2, "{status}");
     Ok(counts.iter().sum())
 }
@@ -156,10 +150,7 @@ fn switches(mine: &Distro) -> anyhow::Result<u64> {
 fn restarts(vm: &Vm, generation: &str, ours: bool) -> anyhow::Result<()> {
     let mine = distro(vm, "mine", ours)?
         .generation(Generation::named(generation)?)
-        .file(
-            "/etc/binfmt.d/test.conf",
-            ":testfmt:M::\\x01\\x02::/bin/cat:F\n",
-        )
+        .file("/etc/binfmt.d/test.conf", ":testfmt:M::\\x01\\x02::/bin/cat:F\n")
         .boot()?;
     vm.renew_interop()?;
     let hammer = vm.hammer();
@@ -191,12 +182,7 @@ fn show() -> anyhow::Result<bool> {
     for generation in Generation::ALL {
         let of = |whose| machine.in_vm(&["restarts", generation.name(), whose]);
         let (stock, ours) = (of("stock")?, of("ours")?);
-        println!(
-            "| {} | {} | {} |",
-            generation.versions(),
-            stock.trim(),
-            ours.trim()
-        );
+        println!("| {} | {} | {} |", generation.versions(), stock.trim(), ours.trim());
     }
     Ok(true)
 }

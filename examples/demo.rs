@@ -22,14 +22,8 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
     let mine = distro("mine")?;
     println!("at boot\t{}", vm.launch());
     for (when, command) in [
-        (
-            "restart of systemd-binfmt",
-            "systemctl restart systemd-binfmt",
-        ),
-        (
-            "daemon-reload and restart",
-            "systemctl daemon-reload; systemctl restart systemd-binfmt",
-        ),
+        ("restart of systemd-binfmt", "systemctl restart systemd-binfmt"),
+        ("daemon-reload and restart", "systemctl daemon-reload; systemctl restart systemd-binfmt"),
     ] {
         vm.renew_interop()?;
         mine.run(command);

@@ -32,10 +32,7 @@ const COLUMNS: &[(&str, &[&str])] = &[
     ("reload, restart", &["reload and restart"]),
     ("stop", &["stop"]),
     ("start", &["start"]),
-    (
-        "failing rule",
-        &["boot, failing rule", "restart, failing rule"],
-    ),
+    ("failing rule", &["boot, failing rule", "restart, failing rule"]),
     ("poweroff", &["poweroff", "poweroff, failing rule"]),
 ];
 
@@ -159,11 +156,7 @@ fn row(lives: &[&Life]) -> anyhow::Result<Vec<String>> {
     let (failed, launched, gap) = hammered(events(&["10 restarts"]));
     let lost = events(&["10 restarts"]).any(|event| event.launch != "starts");
     cells.push(format!("{failed} of {launched}"));
-    cells.push(if lost {
-        "for good".to_owned()
-    } else {
-        format!("{gap} ms")
-    });
+    cells.push(if lost { "for good".to_owned() } else { format!("{gap} ms") });
     Ok(cells)
 }
 
@@ -172,11 +165,7 @@ fn row(lives: &[&Life]) -> anyhow::Result<Vec<String>> {
 fn hammered<'a>(events: impl Iterator<Item = &'a Event>) -> (u32, u32, u128) {
     events.fold((0, 0, 0), |(failed, all, gap), event| {
         let launches = &event.launches;
-        (
-            failed + launches.failed,
-            all + launches.all(),
-            gap.max(launches.longest_gap.as_millis()),
-        )
+        (failed + launches.failed, all + launches.all(), gap.max(launches.longest_gap.as_millis()))
     })
 }
 
@@ -192,20 +181,13 @@ fn table(played: &[(Case, Life)]) -> anyhow::Result<String> {
         for ours in [false, true] {
             let of_this =
                 |(case, _): &&(Case, _)| case.generation == generation && case.ours == ours;
-            let lives: Vec<_> = played
-                .iter()
-                .filter(of_this)
-                .map(|(_, life)| life)
-                .collect();
+            let lives: Vec<_> = played.iter().filter(of_this).map(|(_, life)| life).collect();
             let cells = row(&lives)?.join(" | ");
             let wsl = generation.versions();
             lines.push(format!("| {wsl} | {} | {cells} |", whose(ours)));
         }
     }
-    let versions: BTreeSet<_> = played
-        .iter()
-        .map(|(_, life)| life.systemd.as_str())
-        .collect();
+    let versions: BTreeSet<_> = played.iter().map(|(_, life)| life.systemd.as_str()).collect();
     let versions: Vec<_> = versions.into_iter().collect();
     let ours = played.iter().filter(|(case, _)| case.ours);
     let (failed, all, gap) = hammered(ours.flat_map(|(_, life)| &life.events));
@@ -245,21 +227,15 @@ const CELLS: &[(&str, Cell)] = &[
         let on = events(lives, |event| event.system != "off");
         neighbours::Event::worst(on.map(|event| event.system.as_str())).to_owned()
     }),
-    ("launches lost at own events", |lives| {
-        launches_lost(lives, Whose::Own)
-    }),
-    ("at a neighbour's", |lives| {
-        launches_lost(lives, Whose::Neighbours)
-    }),
+    ("launches lost at own events", |lives| launches_lost(lives, Whose::Own)),
+    ("at a neighbour's", |lives| launches_lost(lives, Whose::Neighbours)),
     ("F rule runs, after own start", |lives| {
         runs(lives, |e| e.whose == Whose::Own && e.is_start())
     }),
     ("after a neighbour's start", |lives| {
         runs(lives, |e| e.whose == Whose::Neighbours && e.is_start())
     }),
-    ("after its end", |lives| {
-        runs(lives, |e| e.whose == Whose::Neighbours && !e.is_start())
-    }),
+    ("after its end", |lives| runs(lives, |e| e.whose == Whose::Neighbours && !e.is_start())),
     ("rules lost at a neighbour's starts", |lives| {
         let lost = lives.iter().map(|life| life.lost_rules(|e| e.is_start()));
         lost.sum::<usize>().to_string()
@@ -342,14 +318,10 @@ fn neighbours_table(played: &[(Case, Beside)]) -> String {
 fn good_neighbours(played: &[(Case, Beside)]) -> bool {
     let mut good = true;
     for (case, life) in played.iter().filter(|(case, _)| case.beside == Some(true)) {
-        let control = Case {
-            beside: Some(false),
-            ..*case
-        };
+        let control = Case { beside: Some(false), ..*case };
         let control = played.iter().find(|(other, _)| *other == control);
-        let worse = control.map_or(vec!["no control".to_owned()], |(_, control)| {
-            life.worse_than(control)
-        });
+        let worse =
+            control.map_or(vec!["no control".to_owned()], |(_, control)| life.worse_than(control));
         if !worse.is_empty() {
             good = false;
             let name = case.arguments().join(", ");
@@ -365,12 +337,7 @@ fn cases(suites: &[&'static str], besides: &[Option<bool>]) -> Vec<Case> {
     for generation in Generation::ALL {
         for ours in [false, true] {
             for &beside in besides {
-                cases.extend(suites.iter().map(|suite| Case {
-                    generation,
-                    ours,
-                    beside,
-                    suite,
-                }));
+                cases.extend(suites.iter().map(|suite| Case { generation, ours, beside, suite }));
             }
         }
     }
@@ -397,11 +364,7 @@ fn show() -> anyhow::Result<bool> {
     ensure!(!suites.is_empty(), "no neighbours on that suite");
     let beside = cases(&suites, &[Some(false), Some(true)]);
     let neighbours = play_all(&machine, beside, Beside::parse)?;
-    markdown::print(
-        "docs/neighbours.md",
-        "neighbours",
-        &neighbours_table(&neighbours),
-    )?;
+    markdown::print("docs/neighbours.md", "neighbours", &neighbours_table(&neighbours))?;
     let good = good_neighbours(&neighbours);
     Ok(held(&played) && good)
 }

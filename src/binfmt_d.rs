@@ -61,9 +61,7 @@ fn list(host: &Host) -> (Vec<String>, Vec<Error>) {
         });
         for name in names {
             if name.ends_with(".conf") {
-                files
-                    .entry(name)
-                    .or_insert_with_key(|name| format!("{directory}/{name}"));
+                files.entry(name).or_insert_with_key(|name| format!("{directory}/{name}"));
             }
         }
     }
@@ -77,9 +75,7 @@ pub fn parse(text: &str, path: &str) -> Vec<Rule> {
         let mut characters = text.chars();
         // The kernel takes a single byte. After a part of a longer character, the name would not be
         // UTF-8.
-        let between = characters
-            .next()
-            .filter(|c| c.is_ascii() && !"#;".contains(*c))?;
+        let between = characters.next().filter(|c| c.is_ascii() && !"#;".contains(*c))?;
         let fields: Vec<&str> = characters.as_str().split(between).collect();
         let field = |at: usize| fields.get(at).copied().unwrap_or_default().to_owned();
         let name = field(0);
@@ -112,10 +108,7 @@ mod tests {
 
     #[test]
     fn lines_end_and_blanks_are_cut_as_systemd_does_it() {
-        assert_eq!(
-            names(":a:M::x::/x:\r:b:M\r\n\t:c \t\0:d"),
-            ["a", "b", "c", "d"]
-        );
+        assert_eq!(names(":a:M::x::/x:\r:b:M\r\n\t:c \t\0:d"), ["a", "b", "c", "d"]);
         assert!(names("\u{a0}:a:M::x::/x:\n\u{e9}a\u{e9}M\u{e9}\n").is_empty());
     }
 

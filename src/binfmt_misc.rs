@@ -103,12 +103,7 @@ impl Entry {
             Ok(extension) => Pattern::Extension(extension.to_owned()),
             Err(_) => magic(text)?,
         };
-        Ok(Entry {
-            enabled,
-            interpreter,
-            flags,
-            pattern,
-        })
+        Ok(Entry { enabled, interpreter, flags, pattern })
     }
 
     /// An entry whose text cannot be parsed: it may match any file.
@@ -117,11 +112,7 @@ impl Entry {
             enabled: !text.starts_with("disabled"),
             interpreter: String::new(),
             flags: String::new(),
-            pattern: Pattern::Magic {
-                offset: 0,
-                magic: Vec::new(),
-                mask: None,
-            },
+            pattern: Pattern::Magic { offset: 0, magic: Vec::new(), mask: None },
         }
     }
 
@@ -132,11 +123,7 @@ impl Entry {
                 return Claim::Ordinary
             }
             Pattern::Extension(_) => false,
-            Pattern::Magic {
-                offset,
-                magic,
-                mask,
-            } => {
+            Pattern::Magic { offset, magic, mask } => {
                 let whole = |at| bits_that_count(mask, at) != 0;
                 *offset == 0 && magic.starts_with(b"MZ") && whole(0) && whole(1)
             }
@@ -158,11 +145,7 @@ impl Entry {
     fn is_for(&self, extension: &str, head: &[u8]) -> bool {
         let (offset, magic, mask) = match &self.pattern {
             Pattern::Extension(own) => return own == extension,
-            Pattern::Magic {
-                offset,
-                magic,
-                mask,
-            } => (*offset, magic, mask),
+            Pattern::Magic { offset, magic, mask } => (*offset, magic, mask),
         };
         magic.iter().enumerate().all(|(i, byte)| {
             let mask = bits_that_count(mask, i);
@@ -178,21 +161,12 @@ impl Entry {
 
     /// The rule that registers it under this name.
     pub fn rule(&self, name: &str) -> String {
-        let hex = |bytes: &[u8]| {
-            bytes
-                .iter()
-                .map(|b| format!("\\x{b:02x}"))
-                .collect::<String>()
-        };
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("\\x{b:02x}")).collect::<String>();
         let fields = match &self.pattern {
             Pattern::Extension(extension) => {
                 ["E".into(), String::new(), extension.clone(), String::new()]
             }
-            Pattern::Magic {
-                offset,
-                magic,
-                mask,
-            } => [
+            Pattern::Magic { offset, magic, mask } => [
                 "M".into(),
                 offset.to_string(),
                 hex(magic),
@@ -207,17 +181,8 @@ impl Entry {
             .find(|c| !text.contains(*c))
             .unwrap_or(':');
         let [kind, offset, magic, mask] = &fields;
-        [
-            "",
-            name,
-            kind,
-            offset,
-            magic,
-            mask,
-            &self.interpreter,
-            &self.flags,
-        ]
-        .join(&between.to_string())
+        ["", name, kind, offset, magic, mask, &self.interpreter, &self.flags]
+            .join(&between.to_string())
     }
 }
 
@@ -225,10 +190,7 @@ impl Entry {
 fn magic(text: &str) -> anyhow::Result<Pattern> {
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
     let bytes = |hex: &str| -> Option<Vec<u8>> {
-        (0..hex.len())
-            .step_by(2)
-            .map(|i| u8::from_str_radix(hex.get(i..i + 2)?, 16).ok())
-            .collect()
+        (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(hex.get(i..i + 2)?, 16).ok()).collect()
     };
     let pattern = (|| {
         Some(Pattern::Magic {
@@ -264,10 +226,7 @@ impl Table {
 
     /// The same, whether mounted or not.
     pub fn unopened(host: &Host) -> Table {
-        Table {
-            directory: host.path(BINFMT_MISC),
-            read: Cell::default(),
-        }
+        Table { directory: host.path(BINFMT_MISC), read: Cell::default() }
     }
 
     /// Checks that it is mounted.
@@ -327,9 +286,7 @@ impl Table {
     /// The directory cannot be read.
     pub fn names(&self) -> anyhow::Result<Vec<String>> {
         let names = self.list()?.into_iter();
-        Ok(names
-            .filter_map(|(name, _)| name.into_string().ok())
-            .collect())
+        Ok(names.filter_map(|(name, _)| name.into_string().ok()).collect())
     }
 
     /// All entries, newest first. One that is removed after it was listed is skipped.
@@ -476,8 +433,7 @@ impl Table {
 
 /// The bits of a byte of the magic that count; without a mask, all.
 fn bits_that_count(mask: &Option<Vec<u8>>, byte: usize) -> u8 {
-    mask.as_ref()
-        .map_or(0xff, |mask| mask.get(byte).copied().unwrap_or(0))
+    mask.as_ref().map_or(0xff, |mask| mask.get(byte).copied().unwrap_or(0))
 }
 
 /// NAME_MAX of <linux/limits.h>, in bytes.
@@ -501,9 +457,7 @@ pub fn fits(name: &str, rule: &str) -> bool {
 /// Whether a system call failed, which may work at the next try. A changed table, or a missing one,
 /// is no such error.
 pub fn is_failed_call(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|e| e.raw_os_error().is_some())
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.raw_os_error().is_some())
 }
 
 fn write(path: &Utf8Path, text: &str) -> anyhow::Result<()> {
@@ -515,9 +469,7 @@ fn write(path: &Utf8Path, text: &str) -> anyhow::Result<()> {
 }
 
 fn is_not_found(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|e| e.kind() == ErrorKind::NotFound)
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::NotFound)
 }
 
 #[cfg(test)]
@@ -525,10 +477,7 @@ mod tests {
     use super::*;
 
     fn entry(pattern: &str) -> Entry {
-        Entry::parse(&format!(
-            "enabled\ninterpreter /a b\nflags: PF\n{pattern}\n"
-        ))
-        .unwrap()
+        Entry::parse(&format!("enabled\ninterpreter /a b\nflags: PF\n{pattern}\n")).unwrap()
     }
 
     #[test]

@@ -45,11 +45,8 @@ pub const GENERATORS: [&str; 5] = [
 /// Where our generator writes when systemd runs it.
 pub const EARLY: &str = "/run/systemd/generator.early";
 /// The directories with a higher priority than that (systemd.unit(5)).
-pub const ABOVE_EARLY: [&str; 3] = [
-    "/etc/systemd/system.control",
-    "/run/systemd/system.control",
-    "/run/systemd/transient",
-];
+pub const ABOVE_EARLY: [&str; 3] =
+    ["/etc/systemd/system.control", "/run/systemd/system.control", "/run/systemd/transient"];
 /// Exists while systemd runs (sd_booted(3)).
 pub const SYSTEMD: &str = "/run/systemd/system";
 /// Where WSL makes the sockets through which Windows programs start.
@@ -63,11 +60,8 @@ pub const MOUNTS: &str = "/proc/self/mounts";
 /// WSL's own generator, a link to /init that it makes before systemd starts.
 pub const WSL_GENERATOR: &str = "/run/systemd/system-generators/wsl-generator";
 /// Units and drop-ins of the admin.
-pub const LOCAL_UNITS: [&str; 3] = [
-    "/etc/systemd/system",
-    "/run/systemd/system",
-    "/usr/local/lib/systemd/system",
-];
+pub const LOCAL_UNITS: [&str; 3] =
+    ["/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system"];
 /// Units and drop-ins of the vendor.
 pub const VENDOR_UNITS: [&str; 2] = ["/usr/lib/systemd/system", "/lib/systemd/system"];
 /// The kernel's log.
@@ -94,11 +88,8 @@ pub const PRIVATE_SOCKET: &str = "/run/systemd/private";
 /// Exists in an initrd, os-release(5).
 pub const INITRD_RELEASE: &str = "/etc/initrd-release";
 /// The marks of Docker, Podman and systemd's container interface in a container.
-pub const CONTAINER_MARKERS: [&str; 3] = [
-    "/.dockerenv",
-    "/run/.containerenv",
-    "/run/host/container-manager",
-];
+pub const CONTAINER_MARKERS: [&str; 3] =
+    ["/.dockerenv", "/run/.containerenv", "/run/host/container-manager"];
 
 /// The most that is read of a file, in bytes. Nobody writes one this long, and a huge file must not
 /// delay the boot.
@@ -113,9 +104,7 @@ pub struct Host {
 impl Host {
     /// The running machine, or the directory that `$WSL_BINFMT_ROOT` names.
     pub fn from_environment() -> Host {
-        Host {
-            root: variable("WSL_BINFMT_ROOT").unwrap_or_default().into(),
-        }
+        Host { root: variable("WSL_BINFMT_ROOT").unwrap_or_default().into() }
     }
 
     /// `absolute`, below the root.
@@ -161,10 +150,7 @@ impl Host {
                 .with_context(|| format!("creating {directory}"))?;
         }
         let modes = Permissions::from_mode(0o644);
-        if self
-            .read(absolute)
-            .is_ok_and(|there| there == text.as_bytes())
-        {
+        if self.read(absolute).is_ok_and(|there| there == text.as_bytes()) {
             return fs::set_permissions(&path, modes)
                 .with_context(|| format!("making {path} readable"));
         }

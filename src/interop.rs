@@ -21,11 +21,7 @@ pub fn wanted() -> Entry {
         enabled: true,
         interpreter: INIT.to_owned(),
         flags: "PF".to_owned(),
-        pattern: Pattern::Magic {
-            offset: 0,
-            magic: b"MZ".to_vec(),
-            mask: None,
-        },
+        pattern: Pattern::Magic { offset: 0, magic: b"MZ".to_vec(), mask: None },
     }
 }
 
@@ -55,10 +51,7 @@ pub fn fault(entry: &Entry) -> Option<String> {
 
 /// Whether an entry has the flags that it needs. `O` and `C` do not matter to /init.
 pub fn has_flags(entry: &Entry) -> bool {
-    wanted()
-        .flags
-        .chars()
-        .all(|flag| entry.flags.contains(flag))
+    wanted().flags.chars().all(|flag| entry.flags.contains(flag))
 }
 
 /// The entry of that name.
@@ -110,11 +103,7 @@ pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
 
 /// Whether an entry can be registered again unchanged: its name and interpreter are UTF-8.
 fn is_whole(listed: &Listed) -> bool {
-    is_name(&listed.name)
-        && !listed
-            .entry
-            .interpreter
-            .contains(char::REPLACEMENT_CHARACTER)
+    is_name(&listed.name) && !listed.entry.interpreter.contains(char::REPLACEMENT_CHARACTER)
 }
 
 /// The stand-ins left by a process that was stopped while it put an entry ahead, each with the name
@@ -138,11 +127,7 @@ mod tests {
         Entry {
             interpreter: interpreter.to_owned(),
             flags: String::new(),
-            pattern: Pattern::Magic {
-                offset: 0,
-                magic: magic.to_owned(),
-                mask: None,
-            },
+            pattern: Pattern::Magic { offset: 0, magic: magic.to_owned(), mask: None },
             ..wanted()
         }
     }
@@ -173,20 +158,14 @@ mod tests {
     #[test]
     fn both_flags_are_needed_and_others_do_no_harm() {
         for (flags, enough) in [("PF", true), ("POCF", true), ("P", false), ("F", false)] {
-            let entry = Entry {
-                flags: flags.to_owned(),
-                ..wanted()
-            };
+            let entry = Entry { flags: flags.to_owned(), ..wanted() };
             assert_eq!(has_flags(&entry), enough, "{flags}");
         }
     }
 
     #[test]
     fn a_stand_in_is_needed_where_windows_programs_go_astray() {
-        let disabled = Entry {
-            enabled: false,
-            ..wanted()
-        };
+        let disabled = Entry { enabled: false, ..wanted() };
         let (wine, ape) = (entry("/wine", b"MZ"), entry("/ape", b"MZqFpD"));
         for (entries, needed) in [
             (&[][..], true),

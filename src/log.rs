@@ -28,18 +28,12 @@ impl Log {
     /// The log of the generator. If the kernel's log cannot be written to, only standard error is
     /// used.
     pub fn of_generator(host: &Host) -> Log {
-        Log {
-            kmsg: Some(host.path(KMSG)),
-            to_journal: false,
-        }
+        Log { kmsg: Some(host.path(KMSG)), to_journal: false }
     }
 
     /// The log of a verb, run by a unit or by hand.
     pub fn of_verb() -> Log {
-        Log {
-            kmsg: None,
-            to_journal: stderr_is_the_journal(),
-        }
+        Log { kmsg: None, to_journal: stderr_is_the_journal() }
     }
 
     /// Logs what failed, on which path, and why.
@@ -63,10 +57,7 @@ impl Log {
         let message = message.replace(['\n', '\r'], " ");
         let program = env!("CARGO_PKG_NAME");
         let level = priority as u8;
-        let kmsg = self
-            .kmsg
-            .as_ref()
-            .map(|path| OpenOptions::new().append(true).open(path));
+        let kmsg = self.kmsg.as_ref().map(|path| OpenOptions::new().append(true).open(path));
         if let Some(Ok(mut kmsg)) = kmsg {
             let pid = std::process::id();
             let line = format!("<{level}>{program}[{pid}]: {message}\n");

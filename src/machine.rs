@@ -46,9 +46,8 @@ pub fn files(host: &Host) -> Files {
 pub fn has_init(host: &Host) -> bool {
     let [_, own] = MOUNT_INFOS;
     host.is_executable(INIT)
-        && fs::read(host.path(own)).map_or(true, |mounts| {
-            mounts::on(&String::from_utf8_lossy(&mounts), INIT).is_some()
-        })
+        && fs::read(host.path(own))
+            .map_or(true, |mounts| mounts::on(&String::from_utf8_lossy(&mounts), INIT).is_some())
 }
 
 /// A variable of PID 1's environment, which WSL sets.
@@ -58,12 +57,7 @@ pub fn has_init(host: &Host) -> bool {
 pub fn pid1_variable(host: &Host, name: &str) -> io::Result<Option<String>> {
     let environment = host.read(PID1_ENVIRONMENT)?;
     let environment = String::from_utf8_lossy(&environment);
-    let value = |variable: &str| {
-        variable
-            .strip_prefix(name)?
-            .strip_prefix('=')
-            .map(str::to_owned)
-    };
+    let value = |variable: &str| variable.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
     Ok(environment.split('\0').find_map(value))
 }
 

@@ -15,10 +15,7 @@
     clippy::dbg_macro,
     missing_docs
 )]
-#![cfg_attr(
-    test,
-    allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)
-)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing))]
 
 mod binfmt_d;
 mod binfmt_misc;
@@ -102,9 +99,7 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
         [directory] | [_, directory, _] if arguments.iter().all(|a| a.contains('/')) => {
-            Ok(Action::Generate {
-                early: Utf8PathBuf::from(directory),
-            })
+            Ok(Action::Generate { early: Utf8PathBuf::from(directory) })
         }
         ["restore"] => Ok(Action::Restore { watch: false }),
         ["restore", "--watch"] => Ok(Action::Restore { watch: true }),
@@ -144,9 +139,7 @@ fn wants_colour() -> bool {
 fn main() -> ExitCode {
     let host = Host::from_environment();
     let arguments = std::env::args_os().skip(1).map(|argument| {
-        argument
-            .into_string()
-            .map_err(|argument| format!("argument {argument:?} is not UTF-8"))
+        argument.into_string().map_err(|argument| format!("argument {argument:?} is not UTF-8"))
     });
     let arguments: Result<Vec<_>, _> = arguments.collect();
     let action = arguments.and_then(|arguments| parse(&arguments));
@@ -195,12 +188,7 @@ fn act(action: Action, host: &Host, log: &Log) -> anyhow::Result<bool> {
             Ok(())
         }
         Action::Version => {
-            print(concat!(
-                env!("CARGO_PKG_NAME"),
-                " ",
-                env!("CARGO_PKG_VERSION"),
-                "\n"
-            ));
+            print(concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), "\n"));
             Ok(())
         }
     };
@@ -217,11 +205,7 @@ mod tests {
 
     #[test]
     fn every_form_of_the_arguments_has_one_meaning() {
-        let generate = |early: &str| {
-            Ok(Action::Generate {
-                early: early.into(),
-            })
-        };
+        let generate = |early: &str| Ok(Action::Generate { early: early.into() });
         assert_eq!(parsed(&["/n", "/e", "/l"]), generate("/e"));
         assert_eq!(parsed(&["/n"]), generate("/n"));
         assert_eq!(parsed(&["./n"]), generate("./n"));
@@ -231,14 +215,8 @@ mod tests {
         assert_eq!(parsed(&["guard"]), Ok(Action::Guard));
         assert_eq!(parsed(&["release"]), Ok(Action::Release));
         let [binfmt, support] = Unit::ALL;
-        assert_eq!(
-            parsed(&["started", "systemd-binfmt"]),
-            Ok(Action::Started(binfmt))
-        );
-        assert_eq!(
-            parsed(&["stopped", "binfmt-support"]),
-            Ok(Action::Stopped(support))
-        );
+        assert_eq!(parsed(&["started", "systemd-binfmt"]), Ok(Action::Started(binfmt)));
+        assert_eq!(parsed(&["stopped", "binfmt-support"]), Ok(Action::Stopped(support)));
         assert_eq!(parsed(&["stopping"]), Ok(Action::Stopping));
         let status = |json| Ok(Action::Status { json });
         assert_eq!(parsed(&["status"]), status(false));

@@ -44,12 +44,7 @@ fn all_on<'a, 'b>(
         let (id, parent, _device) = (fields.next()?, fields.next()?, fields.next()?);
         let root = fields.next()?;
         (fields.next()? == path).then_some(())?;
-        Some(Mount {
-            id,
-            parent,
-            root,
-            kind: file_system.split(' ').next()?,
-        })
+        Some(Mount { id, parent, root, kind: file_system.split(' ').next()? })
     };
     mount_info.lines().filter_map(mount)
 }

@@ -114,11 +114,8 @@ fn parse(record: &str) -> Vec<Own> {
     let own = |line: &str| {
         let (inode, rest) = line.split_once(' ')?;
         let (shared, rule) = rest.split_once(' ')?;
-        let own = Own {
-            inode: inode.parse().ok()?,
-            shared: shared == SHARED,
-            rule: rule.to_owned(),
-        };
+        let own =
+            Own { inode: inode.parse().ok()?, shared: shared == SHARED, rule: rule.to_owned() };
         (is_name(own.name()) && !is_reserved(own.name())).then_some(own)
     };
     record.lines().filter_map(own).collect()
@@ -148,11 +145,7 @@ impl Record {
     /// # Errors
     /// It exists, but cannot be read.
     pub fn read(host: &Host, unit: Unit) -> anyhow::Result<Record> {
-        Ok(Record {
-            unit,
-            rules: parse(&host.own_text(&unit.record())?),
-            changed: false,
-        })
+        Ok(Record { unit, rules: parse(&host.own_text(&unit.record())?), changed: false })
     }
 
     /// Reads the records of all services.
@@ -206,9 +199,7 @@ impl Record {
             Ok(Some(started)) => started,
             Ok(None) => {
                 let directory = host.path(&format!("{STATE}/{}", self.unit.name()));
-                return vec![anyhow!(
-                    "{directory}: missing, as if the unit were not running"
-                )];
+                return vec![anyhow!("{directory}: missing, as if the unit were not running")];
             }
             Err(error) => return vec![error],
         };
@@ -278,11 +269,7 @@ impl Record {
     }
 
     fn push(&mut self, inode: u64, shared: bool, rule: String) {
-        let own = Own {
-            inode,
-            shared,
-            rule,
-        };
+        let own = Own { inode, shared, rule };
         self.rules.retain(|other| other.name() != own.name());
         self.rules.push(own);
         self.changed = true;
@@ -510,12 +497,7 @@ fn unregister(table: &Table, rules: &[Own]) -> anyhow::Result<()> {
         }
         table.unregister_exactly(name, own.inode).map(drop)
     };
-    first(
-        rules
-            .iter()
-            .filter_map(|own| unregister(own).err())
-            .collect(),
-    )
+    first(rules.iter().filter_map(|own| unregister(own).err()).collect())
 }
 
 /// Records what the services have registered if they were started before this program was
@@ -555,11 +537,7 @@ mod tests {
     use super::*;
 
     fn own(inode: u64, shared: bool, rule: &str) -> Own {
-        Own {
-            inode,
-            shared,
-            rule: rule.to_owned(),
-        }
+        Own { inode, shared, rule: rule.to_owned() }
     }
 
     #[test]

@@ -43,10 +43,7 @@ pub struct Neighbors {
 
 macro_rules! file {
     ($path:literal) => {
-        Output::File {
-            path: $path,
-            template: include_str!(concat!("../units/", $path)),
-        }
+        Output::File { path: $path, template: include_str!(concat!("../units/", $path)) }
     };
 }
 
@@ -84,13 +81,7 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
     }
     let binfmt = "systemd-binfmt.service.d/10-wsl-interop.conf";
     let support = "binfmt-support.service.d/10-wsl-interop.conf";
-    let mut mask = |path, needs| {
-        outputs.push(Output::Link {
-            path,
-            target: "/dev/null",
-            needs,
-        })
-    };
+    let mut mask = |path, needs| outputs.push(Output::Link { path, target: "/dev/null", needs });
     if neighbors.wsl_generator && !neighbors.systemd_binfmt_override {
         mask("systemd-binfmt.service.d/override.conf", binfmt);
     }
@@ -107,9 +98,7 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
 /// interop from systemd-binfmt: <https://github.com/ubuntu/wsl-setup/issues/11>.
 fn switches_binfmt_off_on_wsl(drop_in: &str) -> bool {
     // To systemd, each of these ends a line.
-    let lines = drop_in
-        .split(['\n', '\r', '\0'])
-        .map(|line| line.trim_matches([' ', '\t']));
+    let lines = drop_in.split(['\n', '\r', '\0']).map(|line| line.trim_matches([' ', '\t']));
     lines
         .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']))
         .eq(["[Unit]", "ConditionVirtualization=!wsl"])
@@ -141,10 +130,8 @@ mod tests {
                 binfmt_support_override,
                 ..Neighbors::default()
             };
-        let [binfmt, support] = [
-            "systemd-binfmt.service.d/override.conf",
-            "binfmt-support.service.d/override.conf",
-        ];
+        let [binfmt, support] =
+            ["systemd-binfmt.service.d/override.conf", "binfmt-support.service.d/override.conf"];
         assert_eq!(masks(&neighbors(true, false, false)), [binfmt, support]);
         assert_eq!(masks(&neighbors(true, true, false)), [support]);
         assert_eq!(masks(&neighbors(true, false, true)), [binfmt]);
@@ -167,23 +154,14 @@ mod tests {
         assert!(!masked("", false));
         assert!(!masked("[Unit]\nConditionVirtualization=wsl\n", false));
         assert!(!masked(&format!("{theirs}ConditionPathExists=/x\n"), false));
-        assert!(!masked(
-            &format!("{theirs}ConditionVirtualization=\n"),
-            false
-        ));
+        assert!(!masked(&format!("{theirs}ConditionVirtualization=\n"), false));
         assert!(!masked(&format!("{theirs}[Service]\nExecStop=\n"), false));
         assert!(!masked("[Service]\nConditionVirtualization=!wsl\n", false));
         // Neither does what systemd reads otherwise.
         assert!(!masked("[Unit] ConditionVirtualization=!wsl\n", false));
         assert!(!masked("[Unit]\nConditionVirtualization:!wsl\n", false));
-        assert!(!masked(
-            "[Unit]\nConditionVirtualization\u{a0}=!wsl\n",
-            false
-        ));
-        assert!(!masked(
-            "#\r[Service]\n[Unit]\nConditionVirtualization=!wsl\n",
-            false
-        ));
+        assert!(!masked("[Unit]\nConditionVirtualization\u{a0}=!wsl\n", false));
+        assert!(!masked("#\r[Service]\n[Unit]\nConditionVirtualization=!wsl\n", false));
         assert!(!masked("[Unit]\nConditionVirtualization=\"!wsl\"\n", false));
     }
 
@@ -214,19 +192,13 @@ mod tests {
 
     #[test]
     fn protection_switched_off_emits_nothing() {
-        let conf = WslConf {
-            protect_binfmt: false,
-            ..WslConf::default()
-        };
+        let conf = WslConf { protect_binfmt: false, ..WslConf::default() };
         assert_eq!(planned(&conf), []);
     }
 
     #[test]
     fn interop_switched_off_emits_all_but_what_restores() {
-        let off = WslConf {
-            interop_enabled: false,
-            ..WslConf::default()
-        };
+        let off = WslConf { interop_enabled: false, ..WslConf::default() };
         let (on, off) = (planned(&WslConf::default()), planned(&off));
         let mut kept = paths(&on);
         let restores = ["restore", "wsl-binfmt.service.d"];

@@ -156,19 +156,16 @@ fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Re
                 table.register(&interop::wanted().rule(NAME))?;
                 settled.deeds.push(match lost {
                     true => format!("{NAME} had flags '{}', registered it again", entry.flags),
-                    false => format!(
-                        "{} took Windows programs, put {NAME} first",
-                        rivals.join(", ")
-                    ),
+                    false => {
+                        format!("{} took Windows programs, put {NAME} first", rivals.join(", "))
+                    }
                 });
             }
         }
         None => {
             require_init(host)?;
             match table.register(&interop::wanted().rule(NAME)) {
-                Ok(()) => settled
-                    .deeds
-                    .push(format!("{NAME} was missing, registered it")),
+                Ok(()) => settled.deeds.push(format!("{NAME} was missing, registered it")),
                 // A peer without our lock was quicker: check what is registered now.
                 Err(error) if table.read(NAME)?.is_none() => return Err(error),
                 Err(_) => {}
@@ -220,23 +217,21 @@ fn put_ahead(
         match own {
             None if listed.entry.holds_its_file() => {}
             None if pending.again && !before.contains(name) => pending.foreign.push(name.clone()),
-            own => match table.replace(
-                name,
-                listed.inode,
-                &interop::stand_in_of(name),
-                &listed.entry,
-            ) {
-                Ok(inode) => {
-                    if let Some(own) = own {
-                        own.moved(listed.inode, inode);
+            own => {
+                match table.replace(name, listed.inode, &interop::stand_in_of(name), &listed.entry)
+                {
+                    Ok(inode) => {
+                        if let Some(own) = own {
+                            own.moved(listed.inode, inode);
+                        }
+                        let deed = format!("put {name} ahead of {NAME}, which is less specific");
+                        settled.deeds.push(deed);
                     }
-                    let deed = format!("put {name} ahead of {NAME}, which is less specific");
-                    settled.deeds.push(deed);
+                    Err(error) => settled.problems.push(error.context(format!(
+                        "putting {name} ahead of {NAME}, which is less specific"
+                    ))),
                 }
-                Err(error) => settled.problems.push(error.context(format!(
-                    "putting {name} ahead of {NAME}, which is less specific"
-                ))),
-            },
+            }
         }
     }
     Ok(())
@@ -250,9 +245,7 @@ pub fn note_interop(host: &Host, table: &Table) -> anyhow::Result<()> {
     let inode = table.inode(NAME)?.unwrap_or_default().to_string();
     match host.text(INTEROP) == inode {
         true => Ok(()),
-        false => host
-            .write(INTEROP, &inode)
-            .context("recording the entry's inode"),
+        false => host.write(INTEROP, &inode).context("recording the entry's inode"),
     }
 }
 

@@ -57,9 +57,7 @@ pub fn write(plan: &[Output], directory: &Utf8Path, exe: &Utf8Path) -> anyhow::R
 
 /// Fills in the placeholders of a template.
 pub fn fill(template: &str, exe: &Utf8Path) -> String {
-    template
-        .replace("@EXE@", &escape_command(exe))
-        .replace("@SOURCE@", &escape_value(exe))
+    template.replace("@EXE@", &escape_command(exe)).replace("@SOURCE@", &escape_value(exe))
 }
 
 /// Escapes a program's path for the first word of `ExecStart=`: whatever would end the word or open
@@ -131,8 +129,7 @@ fn says(directory: &OwnedFd, name: &str, text: &str) -> bool {
         let file = File::from(openat(directory, name, flags, Mode::empty())?);
         let mut there = String::new();
         let is_file = file.metadata()?.is_file();
-        file.take(text.len() as u64 + 1)
-            .read_to_string(&mut there)?;
+        file.take(text.len() as u64 + 1).read_to_string(&mut there)?;
         Ok(is_file && there == text)
     };
     read().unwrap_or(false)
@@ -172,10 +169,7 @@ mod tests {
     fn placeholders_are_filled_and_escaped() {
         let template = "A=@EXE@ x\nC=@SOURCE@\n";
         let exe = Utf8Path::new("/a 100%/\"b\"");
-        assert_eq!(
-            fill(template, exe),
-            "A=/a\\x20100%%/\\x22b\\x22 x\nC=/a 100%%/\"b\"\n"
-        );
+        assert_eq!(fill(template, exe), "A=/a\\x20100%%/\\x22b\\x22 x\nC=/a 100%%/\"b\"\n");
     }
 
     #[test]

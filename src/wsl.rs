@@ -116,11 +116,7 @@ mod tests {
 
     /// A distro of WSL2 on systemd before 251, which sets no variables.
     fn distro() -> (Environment, Files) {
-        let files = Files {
-            osrelease: WSL2.to_owned(),
-            init: true,
-            ..Files::default()
-        };
+        let files = Files { osrelease: WSL2.to_owned(), init: true, ..Files::default() };
         (Environment::default(), files)
     }
 
@@ -180,10 +176,7 @@ mod tests {
 
     #[test]
     fn wsl1_is_told_by_its_one_kernel_name() {
-        check(
-            |_, f| f.osrelease = "4.4.0-19041-Microsoft".to_owned(),
-            Verdict::Wsl1,
-        );
+        check(|_, f| f.osrelease = "4.4.0-19041-Microsoft".to_owned(), Verdict::Wsl1);
     }
 
     #[test]
@@ -227,26 +220,16 @@ mod tests {
     #[test]
     fn user_managers_and_initrds_are_left_alone() {
         check(|e, _| e.scope = some("user"), Verdict::UserManager);
-        check(
-            |e, _| e.below_user_runtime_directory = true,
-            Verdict::UserManager,
-        );
+        check(|e, _| e.below_user_runtime_directory = true, Verdict::UserManager);
         check(|e, _| e.in_initrd = some("1"), Verdict::Initrd);
         check(|_, f| f.initrd_release = true, Verdict::Initrd);
     }
 
     #[test]
     fn no_file_is_read_once_systemd_has_said_no() {
-        for virtualization in [
-            "vm:microsoft",
-            "vm:kvm",
-            "container:docker",
-            "container:lxc",
-        ] {
-            let environment = Environment {
-                virtualization: some(virtualization),
-                ..Environment::default()
-            };
+        for virtualization in ["vm:microsoft", "vm:kvm", "container:docker", "container:lxc"] {
+            let environment =
+                Environment { virtualization: some(virtualization), ..Environment::default() };
             let answer = verdict(&environment, || panic!("files read"));
             assert_eq!(answer, Verdict::NotWsl, "{virtualization}");
         }

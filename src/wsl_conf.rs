@@ -18,22 +18,14 @@ pub struct WslConf {
 
 impl Default for WslConf {
     fn default() -> WslConf {
-        WslConf {
-            protect_binfmt: true,
-            interop_enabled: true,
-            refused_line: None,
-        }
+        WslConf { protect_binfmt: true, interop_enabled: true, refused_line: None }
     }
 }
 
 impl WslConf {
     /// These settings as the text of a wsl.conf.
     pub fn text(&self) -> String {
-        let WslConf {
-            protect_binfmt,
-            interop_enabled,
-            ..
-        } = self;
+        let WslConf { protect_binfmt, interop_enabled, .. } = self;
         format!("[boot]\nprotectBinfmt={protect_binfmt}\n[interop]\nenabled={interop_enabled}\n")
     }
 }
@@ -41,12 +33,7 @@ impl WslConf {
 /// Parses a wsl.conf. Every input has a meaning to WSL; bytes that are not ASCII are ordinary
 /// characters of a value.
 pub fn parse(bytes: &[u8]) -> WslConf {
-    let mut reader = Reader {
-        bytes,
-        at: 0,
-        section: None,
-        settings: Ini::new(),
-    };
+    let mut reader = Reader { bytes, at: 0, section: None, settings: Ini::new() };
     let refused = reader.read().is_err();
     let value = |section, key| reader.settings.get_from(Some(section), key);
     WslConf {

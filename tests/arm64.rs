@@ -56,11 +56,7 @@ fn prepare() -> anyhow::Result<()> {
     let built = package.built_for_foreign()?;
     let directory = scratch("arm64")?;
     let native = env!("CARGO_BIN_EXE_wsl-binfmt-generator").into();
-    for (name, to) in [
-        ("native", native),
-        ("tree", package.tree),
-        ("package", built),
-    ] {
+    for (name, to) in [("native", native), ("tree", package.tree), ("package", built)] {
         let link = directory.join(name);
         let _ = fs::remove_file(&link);
         std::os::unix::fs::symlink(to, link)?;
@@ -213,10 +209,7 @@ fn the_verbs_do_under_emulation_what_the_native_program_does() -> anyhow::Result
     let table = Machine::table()?;
     let native = play("native", "/program")?;
     let emulated = play("program", "/qemu-aarch64 -L /libraries /program")?;
-    ensure!(
-        emulated == native,
-        "{emulated}\nbut the native program:\n{native}"
-    );
+    ensure!(emulated == native, "{emulated}\nbut the native program:\n{native}");
     for step in [
         "\n$ guard\nexit status 0\n1\n",
         "\nthe table is guarded\n",

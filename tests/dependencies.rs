@@ -47,10 +47,7 @@ impl Crates {
         let output = Command::new(env!("CARGO"))
             .args(["metadata", "--format-version=1", "--locked", "--offline"])
             .args(["--filter-platform", host.context("rustc names no host")?])
-            .args([
-                "--manifest-path",
-                concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"),
-            ])
+            .args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")])
             .output()?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{errors}");
@@ -134,10 +131,7 @@ fn all_crates_come_from_crates_io() -> anyhow::Result<()> {
         )
     });
     let names: Vec<_> = crates.iter().filter_map(|of| of.lines().next()).collect();
-    assert_eq!(
-        names,
-        ["name = \"wsl-binfmt-generator\"", "name = \"wsl-vm\""]
-    );
+    assert_eq!(names, ["name = \"wsl-binfmt-generator\"", "name = \"wsl-vm\""]);
     Ok(())
 }
 

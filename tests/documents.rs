@@ -16,12 +16,8 @@ use anyhow::{ensure, Context};
 use markdown::blocks;
 use shell::{have_programs, sh, SOURCE};
 
-const DOCUMENTS: [&str; 4] = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "docs/image-maintainers.md",
-];
+const DOCUMENTS: [&str; 4] =
+    ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/image-maintainers.md"];
 
 /// A copy of the project, in which commands may leave what they make. Installed is beside it. What
 /// cargo has built in an earlier one is kept, which makes this one fast.
@@ -112,10 +108,7 @@ fn the_example_of_the_simulated_vm_compiles() -> anyhow::Result<()> {
     if !extent::has("THE EXAMPLE OF WSL-VM IS")? {
         return Ok(());
     }
-    let tested = sh(
-        "example",
-        r#"cd "$SOURCE"; "$CARGO" test --locked --quiet -p wsl-vm --doc"#,
-    )?;
+    let tested = sh("example", r#"cd "$SOURCE"; "$CARGO" test --locked --quiet -p wsl-vm --doc"#)?;
     ensure!(tested.contains("1 passed"), "{tested}");
     Ok(())
 }

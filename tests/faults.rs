@@ -33,10 +33,7 @@ impl Sandbox {
         let mut directory = shell::scratch(name)?;
         fs::remove_dir_all(&directory)?;
         directory = shell::scratch(name)?;
-        let sandbox = Sandbox {
-            golden: Tree::new(),
-            directory,
-        };
+        let sandbox = Sandbox { golden: Tree::new(), directory };
         sandbox.shell("mkdir -p root/dev golden early")?;
         for case in ["56-wsls-own-generator", "58-ubuntus-condition"] {
             for (from, to) in [("root", "root"), ("expected", "golden")] {
@@ -86,11 +83,7 @@ impl Sandbox {
         command.args(["-euc", &format!("umask 022; {script}")]);
         let output = command.current_dir(&self.directory).output()?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success(),
-            "{script}: {}: {said}",
-            output.status
-        );
+        ensure!(output.status.success(), "{script}: {}: {said}", output.status);
         Ok(output)
     }
 
@@ -122,20 +115,12 @@ impl Sandbox {
                 }
                 _ => continue,
             };
-            ensure!(
-                seen.contains_key(&needed) || hidden,
-                "{path} without {needed}: {}",
-                list()
-            );
+            ensure!(seen.contains_key(&needed) || hidden, "{path} without {needed}: {}", list());
         }
         match status.code() {
             Some(0) if *seen == self.golden => {}
             // Then a warning may be enough.
-            Some(0) => ensure!(
-                says_why(&said),
-                "'{said}', and exit status 0, with {}",
-                list()
-            ),
+            Some(0) => ensure!(says_why(&said), "'{said}', and exit status 0, with {}", list()),
             Some(1) => ensure!(says_why(&said), "'{said}', and exit status 1"),
             _ => ensure!(status.signal() == Some(9), "{status}: {said}"),
         }
@@ -163,13 +148,7 @@ struct Case {
 }
 
 const fn survived(name: &'static str, prepare: &'static str) -> Case {
-    Case {
-        name,
-        prepare,
-        mounts: false,
-        says: "",
-        lacks: &[],
-    }
+    Case { name, prepare, mounts: false, says: "", lacks: &[] }
 }
 
 const fn fails(
@@ -178,13 +157,7 @@ const fn fails(
     says: &'static str,
     lacks: &'static [&'static str],
 ) -> Case {
-    Case {
-        name,
-        prepare,
-        mounts: false,
-        says,
-        lacks,
-    }
+    Case { name, prepare, mounts: false, says, lacks }
 }
 
 /// What depends on the drop-in for systemd-binfmt.
@@ -351,24 +324,14 @@ fn run_case(sandbox: &Sandbox, case: &Case) -> anyhow::Result<()> {
     if case.mounts {
         command.args(["--mount", "sh"]);
     }
-    command
-        .args(["-c", &script, "sh", GENERATOR])
-        .args(generator.get_args());
-    command
-        .env("WSL_BINFMT_ROOT", sandbox.path("root"))
-        .env("container", "wsl");
-    command
-        .env("GENERATOR", GENERATOR)
-        .current_dir(&sandbox.directory);
+    command.args(["-c", &script, "sh", GENERATOR]).args(generator.get_args());
+    command.env("WSL_BINFMT_ROOT", sandbox.path("root")).env("container", "wsl");
+    command.env("GENERATOR", GENERATOR).current_dir(&sandbox.directory);
     let outside = tree(&sandbox.path("outside"))?;
     let output = command.output()?;
     let said = String::from_utf8(output.stderr)?;
     let is_link = sandbox.path("early").is_symlink();
-    let before = if is_link {
-        Tree::new()
-    } else {
-        tree_of_files(&sandbox.path("before"))?
-    };
+    let before = if is_link { Tree::new() } else { tree_of_files(&sandbox.path("before"))? };
 
     let mut expected = sandbox.golden.clone();
     expected.retain(|path, _| !case.lacks.iter().any(|l| path.starts_with(l)));
@@ -377,11 +340,7 @@ fn run_case(sandbox: &Sandbox, case: &Case) -> anyhow::Result<()> {
             expected.insert(path, what);
         }
     }
-    let mut seen = if is_link {
-        Tree::new()
-    } else {
-        tree_of_files(&sandbox.path("seen"))?
-    };
+    let mut seen = if is_link { Tree::new() } else { tree_of_files(&sandbox.path("seen"))? };
     // A directory in which nothing could be written may be there or not.
     let empty = |path: &String, of: &Tree| !of.keys().any(|p| p.starts_with(&format!("{path}/")));
     for of in [&mut seen, &mut expected] {
@@ -390,22 +349,10 @@ fn run_case(sandbox: &Sandbox, case: &Case) -> anyhow::Result<()> {
             !(what.starts_with("directory") && empty(path, &all) && !path.contains("service"))
         });
     }
-    ensure!(
-        seen == expected,
-        "seen: {}; expected: {}; {said}",
-        list(&seen),
-        list(&expected)
-    );
-    ensure!(
-        tree(&sandbox.path("outside"))? == outside,
-        "the outside was touched"
-    );
+    ensure!(seen == expected, "seen: {}; expected: {}; {said}", list(&seen), list(&expected));
+    ensure!(tree(&sandbox.path("outside"))? == outside, "the outside was touched");
     match case.says {
-        "" => ensure!(
-            output.status.success() && said.is_empty(),
-            "{}: {said}",
-            output.status
-        ),
+        "" => ensure!(output.status.success() && said.is_empty(), "{}: {said}", output.status),
         says => {
             ensure!(output.status.code() == Some(1), "{}: {said}", output.status);
             ensure!(said.contains(says), "says '{said}', not '{says}'");
@@ -453,13 +400,7 @@ fn whatever_early_is_nothing_leads_outside() -> anyhow::Result<()> {
             wrong.push(format!("{}: {error:#}", case.name));
         }
     }
-    ensure!(
-        wrong.is_empty(),
-        "{} of {}:\n{}",
-        wrong.len(),
-        CASES.len(),
-        wrong.join("\n")
-    );
+    ensure!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), CASES.len(), wrong.join("\n"));
     Ok(())
 }
 
@@ -487,33 +428,18 @@ fn a_full_early_has_whole_files_and_the_next_run_is_right() -> anyhow::Result<()
         let generator = sandbox.generator();
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", &script, "sh", GENERATOR]);
-        command
-            .args(generator.get_args())
-            .current_dir(&sandbox.directory);
-        command
-            .env("WSL_BINFMT_ROOT", sandbox.path("root"))
-            .env("container", "wsl");
+        command.args(generator.get_args()).current_dir(&sandbox.directory);
+        command.env("WSL_BINFMT_ROOT", sandbox.path("root")).env("container", "wsl");
         let output = command.output()?;
         let seen = tree(&sandbox.path("seen/full"))?;
         let said = String::from_utf8_lossy(&output.stderr);
-        sandbox
-            .judge(output.status, &output.stderr, &seen)
-            .context(limit.clone())?;
+        sandbox.judge(output.status, &output.stderr, &seen).context(limit.clone())?;
         if !output.status.success() {
             failed += 1;
-            ensure!(
-                said.contains("No space left on device (os error 28)"),
-                "{limit}: {said}"
-            );
+            ensure!(said.contains("No space left on device (os error 28)"), "{limit}: {said}");
         }
-        ensure!(
-            tree(&sandbox.path("seen/next"))? == sandbox.golden,
-            "{limit}: {said}"
-        );
-        ensure!(
-            fs::read_to_string(sandbox.path("seen/said"))?.is_empty(),
-            "{limit}"
-        );
+        ensure!(tree(&sandbox.path("seen/next"))? == sandbox.golden, "{limit}: {said}");
+        ensure!(fs::read_to_string(sandbox.path("seen/said"))?.is_empty(), "{limit}");
     }
     ensure!(failed > 15, "only {failed} were full");
     Ok(())
@@ -531,19 +457,12 @@ fn whichever_system_call_fails_or_is_the_last_the_next_run_is_right() -> anyhow:
         place.reset()?;
         let output = fault.put_into(&place.generator()).output()?;
         let seen = tree(&place.path("early"))?;
-        ensure!(
-            fault.kills == (output.status.signal() == Some(9)),
-            "{}",
-            output.status
-        );
+        ensure!(fault.kills == (output.status.signal() == Some(9)), "{}", output.status);
         place.judge(output.status, &output.stderr, &seen)?;
 
         let output = place.generator().output()?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success() && said.is_empty(),
-            "the next run: {said}"
-        );
+        ensure!(output.status.success() && said.is_empty(), "the next run: {said}");
         let next = tree(&place.path("early"))?;
         ensure!(next == place.golden, "the next run leaves {}", list(&next));
         Ok(())

@@ -131,9 +131,7 @@ fn the_spec_tells_the_version_and_the_crates_that_are_in_the_program() -> anyhow
         let (package, license) = line.split_once('|').context("no license")?;
         let (name, version) = package.split_once(" v").context("no version")?;
         // As the spec's comment on the license has it.
-        let list = SPEC
-            .lines()
-            .find(|l| l.starts_with(&format!("# {license}: ")));
+        let list = SPEC.lines().find(|l| l.starts_with(&format!("# {license}: ")));
         let named = match name {
             "wsl-binfmt-generator" => "this project",
             name => name,
@@ -152,10 +150,7 @@ fn the_spec_tells_the_version_and_the_crates_that_are_in_the_program() -> anyhow
     let licenses: Vec<String> = licenses.into_iter().rev().collect();
     let line = format!("\nLicense:        {}\n", licenses.join(" AND "));
     ensure!(SPEC.contains(&line), "{line}");
-    let told: Vec<&str> = SPEC
-        .lines()
-        .filter(|l| l.starts_with("Provides:"))
-        .collect();
+    let told: Vec<&str> = SPEC.lines().filter(|l| l.starts_with("Provides:")).collect();
     assert_eq!(told.join("\n") + "\n", provides);
     Ok(())
 }
@@ -192,10 +187,8 @@ fn makepkg_builds_the_package_of_arch() -> anyhow::Result<()> {
         ensure!(information.contains(&format!("\t{line}\n")), "{line}");
     }
 
-    let contents = sh(
-        "tar -tvf package | grep usr/ | grep -v -e '^d' -e ' usr/share/doc/' |
-            sed -E 's,^(.{10}) root/root .* (usr/.*),\\1 \\2,' | sort -k 2",
-    )?;
+    let contents = sh("tar -tvf package | grep usr/ | grep -v -e '^d' -e ' usr/share/doc/' |
+            sed -E 's,^(.{10}) root/root .* (usr/.*),\\1 \\2,' | sort -k 2")?;
     let expected = "\
         lrwxrwxrwx usr/bin/wsl-binfmt -> /usr/lib/systemd/system-generators/wsl-binfmt-generator\n\
         -rwxr-xr-x usr/lib/systemd/system-generators/wsl-binfmt-generator\n\
@@ -269,11 +262,8 @@ fn lives_of_the_package(
             until [ -e root/started ]; do sleep 0.01; done
             "#
         );
-        for (done, command) in [
-            ("installed", install),
-            ("upgraded", upgrade),
-            ("removed", remove),
-        ] {
+        for (done, command) in [("installed", install), ("upgraded", upgrade), ("removed", remove)]
+        {
             script += &format!("echo {done} >>root/calls\n");
             script += &format!("{environment} {command} >log 2>&1 || {{ cat log; exit 1; }}\n");
         }
@@ -330,13 +320,7 @@ fn lives_of_the_package(
         ("a container with it", systemd, "", "chroot . /bin/sh"),
         ("an image being made", systemd, "SYSTEMD_OFFLINE=1", own),
     ] {
-        let seen = life(
-            "container:wsl",
-            systemd,
-            "wsl-binfmt/status",
-            environment,
-            pid1,
-        )?;
+        let seen = life("container:wsl", systemd, "wsl-binfmt/status", environment, pid1)?;
         let untouched = "installed\nupgraded\nremoved\nours\nrun/status\nrun/wsl-binfmt/status\n";
         assert_eq!(seen, untouched, "{place}");
     }

@@ -31,9 +31,7 @@ struct Sandbox {
 
 impl Sandbox {
     fn new(name: &str) -> anyhow::Result<Sandbox> {
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
-            .join("generate")
-            .join(name);
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("generate").join(name);
         if directory.exists() {
             fs::remove_dir_all(&directory)?;
         }
@@ -66,10 +64,7 @@ impl Sandbox {
                 .arg(&to)
                 .status()?;
             // A checkout has the modes that its umask gives it.
-            let usual = Command::new("chmod")
-                .args(["-R", "go-w"])
-                .arg(&to)
-                .status()?;
+            let usual = Command::new("chmod").args(["-R", "go-w"]).arg(&to).status()?;
             let done = copied.success() && usual.success();
             ensure!(done, "copying {}", from.display());
         }
@@ -150,10 +145,7 @@ fn run_case(case: &Path) -> anyhow::Result<()> {
         let known = ["root", "environment", "early", "expected", "kmsg", "status"];
         ensure!(known.iter().any(|k| name == *k), "unknown file {name:?}");
     }
-    let name = case
-        .file_name()
-        .context("a case has a name")?
-        .to_string_lossy();
+    let name = case.file_name().context("a case has a name")?.to_string_lossy();
     let sandbox = Sandbox::new(&name)?;
     sandbox.fill("root", &case.join("root"))?;
     sandbox.fill("out/early", &case.join("early"))?;
@@ -195,10 +187,7 @@ fn update(case: &Path, sandbox: &Sandbox, kmsg: &str, status: &str) -> anyhow::R
             }
         }
     }
-    for (name, text, default) in [
-        ("kmsg", kmsg, ""),
-        ("status", &format!("{status}\n"), "0\n"),
-    ] {
+    for (name, text, default) in [("kmsg", kmsg, ""), ("status", &format!("{status}\n"), "0\n")] {
         if text != default {
             fs::write(case.join(name), text)?;
         }
@@ -208,9 +197,8 @@ fn update(case: &Path, sandbox: &Sandbox, kmsg: &str, status: &str) -> anyhow::R
 
 #[test]
 fn each_golden_tree_comes_out_as_it_is() -> anyhow::Result<()> {
-    let mut names: Vec<_> = fs::read_dir(cases())?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<anyhow::Result<_>>()?;
+    let mut names: Vec<_> =
+        fs::read_dir(cases())?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<_>>()?;
     names.sort();
     assert!(names.len() >= 20, "only {} cases found", names.len());
     for case in names {
@@ -231,19 +219,15 @@ fn a_single_directory_gets_everything() -> anyhow::Result<()> {
         .env("WSL_BINFMT_ROOT", sandbox.path("root"))
         .status()?;
     assert!(output.success());
-    assert_same(
-        &sandbox.path("out/normal"),
-        &cases().join("01-wsl2/expected"),
-    )
+    assert_same(&sandbox.path("out/normal"), &cases().join("01-wsl2/expected"))
 }
 
 /// What a wsl.conf leads to, seen from outside: `None` if nothing was emitted, else whether there
 /// is anything that restores the entry.
 fn emitted(sandbox: &Sandbox) -> anyhow::Result<Option<bool>> {
     let tree = tree(&sandbox.path("out/early"))?;
-    let restores = tree
-        .iter()
-        .any(|(path, what)| path.contains("restore") || what.contains(" restore"));
+    let restores =
+        tree.iter().any(|(path, what)| path.contains("restore") || what.contains(" restore"));
     Ok((!tree.is_empty()).then_some(restores))
 }
 
@@ -257,37 +241,19 @@ fn each_wsl_conf_has_the_effect_that_wsl_gives_it() -> anyhow::Result<()> {
         let interop = case["interopEnabled"].as_bool().context("interopEnabled")?;
         let sandbox = Sandbox::distro("wsl-conf", text.as_bytes())?;
         assert!(sandbox.run("")?.status.success());
-        assert_eq!(
-            emitted(&sandbox)?,
-            protect.then_some(interop),
-            "{}",
-            case["name"]
-        );
+        assert_eq!(emitted(&sandbox)?, protect.then_some(interop), "{}", case["name"]);
     }
     Ok(())
 }
 
 #[test]
 fn a_wsl_conf_that_is_noise_or_no_file_is_survived() -> anyhow::Result<()> {
-    let noise: Vec<u8> = (0..1u32 << 20)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect();
-    let comment = [
-        b"#".repeat(2 << 20),
-        b"\n[boot]\nprotectBinfmt=false\n".to_vec(),
-    ]
-    .concat();
+    let noise: Vec<u8> =
+        (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let comment = [b"#".repeat(2 << 20), b"\n[boot]\nprotectBinfmt=false\n".to_vec()].concat();
     for (name, bytes, warning) in [
-        (
-            "noise",
-            noise,
-            "WSL stops reading at this line, ignoring the rest\n",
-        ),
-        (
-            "2-MiB-comment",
-            comment,
-            "etc/wsl.conf: File too large (os error 27), ignoring\n",
-        ),
+        ("noise", noise, "WSL stops reading at this line, ignoring the rest\n"),
+        ("2-MiB-comment", comment, "etc/wsl.conf: File too large (os error 27), ignoring\n"),
     ] {
         let sandbox = Sandbox::distro(name, &bytes)?;
         assert!(sandbox.run("")?.status.success(), "{name}");

@@ -56,10 +56,7 @@ fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyho
         let lines: Vec<&str> = output.lines().collect();
         ensure!(lines.len() == 2, "{made}: {output}");
         ensure!(lines[0] == "status 2", "{made}: {output}");
-        ensure!(
-            lines[1].starts_with("image: ") && lines[1].contains(said),
-            "{made}: {output}"
-        );
+        ensure!(lines[1].starts_with("image: ") && lines[1].contains(said), "{made}: {output}");
     }
     Ok(())
 }
@@ -70,11 +67,7 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
         return Ok(());
     };
     let suites = extent::of(&["bullseye", "bookworm", "trixie", "forky"]);
-    Machine::prepare(&Needs {
-        suites: &suites,
-        packages: ours::PACKAGES,
-        ..Needs::default()
-    })?;
+    Machine::prepare(&Needs { suites: &suites, packages: ours::PACKAGES, ..Needs::default() })?;
     for suite in suites {
         // Stock, under a WSL that does nothing for interop.
         let output = sh(
@@ -85,10 +78,7 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
                 rm {suite}.tar"#
             ),
         )?;
-        ensure!(
-            output.contains("Exec") || output.contains("do not start"),
-            "{output}"
-        );
+        ensure!(output.contains("Exec") || output.contains("do not start"), "{output}");
         ensure!(output.ends_with("status 1\n"), "{output}");
     }
     Ok(())
@@ -128,11 +118,7 @@ fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow:
     if !have_programs("bsdtar:libarchive-tools setfattr:attr")? {
         return Ok(());
     }
-    Machine::prepare(&Needs {
-        suites: &["trixie"],
-        packages: ours::PACKAGES,
-        ..Needs::default()
-    })?;
+    Machine::prepare(&Needs { suites: &["trixie"], packages: ours::PACKAGES, ..Needs::default() })?;
     let output = sh("unusual", UNUSUAL)?;
     ensure!(output.contains("do not start"), "{output}");
     ensure!(output.contains("running"), "{output}");
@@ -153,18 +139,12 @@ fn can_be_tried() -> anyhow::Result<Option<MutexGuard<'static, ()>>> {
     }
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let lock = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    sh(
-        "links",
-        r#"cd "$SOURCE"; "$CARGO" build --locked --quiet -p wsl-vm"#,
-    )?;
+    sh("links", r#"cd "$SOURCE"; "$CARGO" build --locked --quiet -p wsl-vm"#)?;
     // Beside the test's own directory, `deps`; a shell may not like the way there.
     let program = std::env::current_exe()?;
     let built = program.ancestors().nth(2).context("no directory")?;
     let target = built.parent().context("no directory")?;
-    for (name, to) in [
-        ("wsl-vm", built.join("wsl-vm")),
-        ("trees", target.join("wsl-vm/trees")),
-    ] {
+    for (name, to) in [("wsl-vm", built.join("wsl-vm")), ("trees", target.join("wsl-vm/trees"))] {
         let link = scratch("links")?.join(name);
         let _ = fs::remove_file(&link);
         symlink(to, link)?;

@@ -73,10 +73,9 @@ fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Res
     if !have_programs(PROGRAMS)? {
         return Ok(());
     }
-    for (pc, option, expected) in [
-        ("systemd.pc", "", "/pc/generators"),
-        ("other.pc", "/x/generators", "/x/generators"),
-    ] {
+    for (pc, option, expected) in
+        [("systemd.pc", "", "/pc/generators"), ("other.pc", "/x/generators", "/x/generators")]
+    {
         let script = format!(
             "rm -rf build *.pc; export PKG_CONFIG_LIBDIR=$PWD; unset PKG_CONFIG_PATH
             printf '%s: 252\n' Name Description Version >{pc}
@@ -100,10 +99,7 @@ fn the_manual_pages_are_valid_roff() -> anyhow::Result<()> {
         // Pages name each other from the directory above.
         let groff = "ln -sfn \"$SOURCE/man\" man8; groff -man -ww -z -Tutf8 man8/*.8";
         assert_eq!(sh("roff", groff)?, "");
-        assert_eq!(
-            sh("roff", "mandoc -T lint man8/wsl-binfmt-generator.8")?,
-            ""
-        );
+        assert_eq!(sh("roff", "mandoc -T lint man8/wsl-binfmt-generator.8")?, "");
     }
     Ok(())
 }

@@ -40,10 +40,7 @@ fn read(text: &[u8]) -> Vec<Rule> {
         }
         fields.resize(7.max(fields.len()), Vec::new());
         // A field that is no text is none that anybody asks for.
-        let Ok(fields) = fields
-            .into_iter()
-            .map(String::from_utf8)
-            .collect::<Result<Vec<_>, _>>()
+        let Ok(fields) = fields.into_iter().map(String::from_utf8).collect::<Result<Vec<_>, _>>()
         else {
             continue;
         };

@@ -45,11 +45,7 @@ fn made(data: &mut Unstructured) -> Result<()> {
             }
             false => None,
         };
-        Pattern::Magic {
-            offset,
-            magic,
-            mask,
-        }
+        Pattern::Magic { offset, magic, mask }
     };
     let mut flags = String::new();
     for flag in ['P', 'O', 'C', 'F'] {
@@ -57,12 +53,8 @@ fn made(data: &mut Unstructured) -> Result<()> {
             flags.push(flag);
         }
     }
-    let entry = Entry {
-        enabled: data.arbitrary()?,
-        interpreter: data.arbitrary()?,
-        flags,
-        pattern,
-    };
+    let entry =
+        Entry { enabled: data.arbitrary()?, interpreter: data.arbitrary()?, flags, pattern };
     let name: String = data.arbitrary()?;
     let line_by_line = !entry.interpreter.contains(['\n', '\r'])
         && !matches!(&entry.pattern, Pattern::Extension(e) if e.contains(['\n', '\r']));
@@ -78,11 +70,7 @@ fn shown(entry: &Entry) -> String {
     let state = if entry.enabled { "enabled" } else { "disabled" };
     let pattern = match &entry.pattern {
         Pattern::Extension(extension) => format!("extension .{extension}\n"),
-        Pattern::Magic {
-            offset,
-            magic,
-            mask,
-        } => {
+        Pattern::Magic { offset, magic, mask } => {
             let mask = mask.as_ref().map(|mask| format!("mask {}\n", hex(mask)));
             let mask = mask.unwrap_or_default();
             format!("offset {offset}\nmagic {}\n{mask}", hex(magic))
@@ -125,23 +113,14 @@ fn check(entry: &Entry, name: &str) {
         && any_separator
         && match &entry.pattern {
             Pattern::Extension(e) => !e.is_empty() && !e.contains(['/', '\0']),
-            Pattern::Magic {
-                offset,
-                magic,
-                mask,
-            } => {
+            Pattern::Magic { offset, magic, mask } => {
                 !magic.is_empty()
                     && mask.as_ref().is_none_or(|mask| mask.len() == magic.len())
-                    && offset
-                        .checked_add(magic.len())
-                        .is_some_and(|end| end <= 256)
+                    && offset.checked_add(magic.len()).is_some_and(|end| end <= 256)
             }
         };
     if kernel_has_it {
-        let enabled = Entry {
-            enabled: true,
-            ..entry.clone()
-        };
+        let enabled = Entry { enabled: true, ..entry.clone() };
         let registered = registered(rule.as_bytes());
         assert_eq!(registered, Some((name.into(), enabled)), "{rule:?}");
     }
@@ -154,14 +133,7 @@ fn is_name(name: &str) -> bool {
 /// Tries it on Windows programs: on ordinary ones, of which only the beginning is the same in all,
 /// and on one that holds all that it asks for.
 fn tried(entry: &Entry) -> Claim {
-    let Pattern::Magic {
-        offset,
-        magic,
-        mask,
-    } = &entry.pattern
-    else {
-        unreachable!()
-    };
+    let Pattern::Magic { offset, magic, mask } = &entry.pattern else { unreachable!() };
     let bits = |i: usize| mask.as_ref().map_or(0xff, |mask| mask[i]);
     let takes = |program: &[u8]| {
         (0..magic.len()).all(|i| {
@@ -229,12 +201,8 @@ fn registered(rule: &[u8]) -> Option<(String, Entry)> {
         },
         _ => return None,
     };
-    let entry = Entry {
-        enabled: true,
-        interpreter: text(interpreter)?,
-        flags: text(flags)?,
-        pattern,
-    };
+    let entry =
+        Entry { enabled: true, interpreter: text(interpreter)?, flags: text(flags)?, pattern };
     Some((text(name)?, entry))
 }
 

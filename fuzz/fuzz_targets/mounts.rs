@@ -20,10 +20,7 @@ fuzz_target!(|data: &[u8]| {
                 assert!(text.lines().any(is), "{text:?}");
             }
             // Where one mount on the path lies on the outer one, and it is the only one.
-            let all = text
-                .lines()
-                .filter_map(fields)
-                .filter(|(_, path)| *path == "/t/s");
+            let all = text.lines().filter_map(fields).filter(|(_, path)| *path == "/t/s");
             if all.count() == 1 {
                 let expected = (inner.parent == outer.id).then_some(inner);
                 assert_eq!(within(&text, "/t/s", &outer), expected);
@@ -46,15 +43,7 @@ fn fields(line: &str) -> Option<(Mount<'_>, &str)> {
         return None;
     };
     let kind = right[0];
-    Some((
-        Mount {
-            id,
-            parent,
-            root,
-            kind,
-        },
-        path,
-    ))
+    Some((Mount { id, parent, root, kind }, path))
 }
 
 /// Mounts and unmounts on /t and /t/s, as the kernel stacks them, each step a byte.

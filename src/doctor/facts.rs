@@ -252,11 +252,9 @@ impl Files {
         }
         for directory in [&ABOVE_EARLY[..], &LOCAL_UNITS, &VENDOR_UNITS].concat() {
             let names = host.names(directory).into_iter();
-            for name in names.filter(|name| {
-                [".d", ".wants", ".requires"]
-                    .iter()
-                    .any(|end| name.ends_with(end))
-            }) {
+            for name in names
+                .filter(|name| [".d", ".wants", ".requires"].iter().any(|end| name.ends_with(end)))
+            {
                 let inside = format!("{directory}/{name}");
                 for file in host.names(&inside) {
                     files.read_unit(host, &inside, file);

@@ -14,9 +14,7 @@ const CHECK: &str = "generator";
 pub fn check(files: &Files, plan: &[Output]) -> Vec<Finding> {
     // systemd skips a file that is not executable, and takes the next one.
     let all = &files.generators;
-    let used = all
-        .iter()
-        .position(|(.., fate)| *fate != Fate::NotExecutable);
+    let used = all.iter().position(|(.., fate)| *fate != Fate::NotExecutable);
     let Some((at, (path, real, fate))) = used.and_then(|at| Some((at, all.get(at)?))) else {
         return vec![unused(files)];
     };

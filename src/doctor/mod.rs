@@ -73,27 +73,17 @@ fn judge(facts: &Facts, place: &Place) -> Report {
     }
     let session = facts.session.known("WSL_INTEROP", "reading /run/WSL");
     findings.extend(told(session.map(|session| vec![session::check(session)])));
-    let findings = findings
-        .into_iter()
-        .map(|finding| as_wanted(finding, wanted));
-    Report::of(
-        findings.collect(),
-        wanted.is_none_or(|conf| conf.interop_enabled),
-    )
+    let findings = findings.into_iter().map(|finding| as_wanted(finding, wanted));
+    Report::of(findings.collect(), wanted.is_none_or(|conf| conf.interop_enabled))
 }
 
 /// Turns a fault into a note if the distro's wsl.conf asks for that state.
 fn as_wanted(mut finding: Finding, conf: Option<&WslConf>) -> Finding {
-    let (protect, interop) = (
-        conf.map(|c| c.protect_binfmt),
-        conf.map(|c| c.interop_enabled),
-    );
+    let (protect, interop) = (conf.map(|c| c.protect_binfmt), conf.map(|c| c.interop_enabled));
     let wanted = match finding.check {
         "entry" | "launch" | "WSL_INTEROP" => interop,
         "generator" | "systemd" | "status-file" | "guard" => protect,
-        "watcher" => protect
-            .zip(interop)
-            .map(|(protect, interop)| protect && interop),
+        "watcher" => protect.zip(interop).map(|(protect, interop)| protect && interop),
         _ => Some(true),
     };
     if finding.state <= State::Unknown || wanted == Some(true) {
@@ -101,14 +91,8 @@ fn as_wanted(mut finding: Finding, conf: Option<&WslConf>) -> Finding {
     }
     finding.mend = None;
     (finding.state, finding.found) = match wanted {
-        Some(_) => (
-            State::Note,
-            format!("{}; expected with this wsl.conf", finding.found),
-        ),
-        None => (
-            State::Unknown,
-            format!("{}; wsl.conf may ask for this", finding.found),
-        ),
+        Some(_) => (State::Note, format!("{}; expected with this wsl.conf", finding.found)),
+        None => (State::Unknown, format!("{}; wsl.conf may ask for this", finding.found)),
     };
     finding
 }

@@ -50,12 +50,7 @@ pub enum Mend {
 impl Finding {
     /// A finding of any state, without a fix.
     pub fn new(check: &'static str, state: State, found: impl Into<String>) -> Finding {
-        Finding {
-            check,
-            state,
-            found: found.into(),
-            mend: None,
-        }
+        Finding { check, state, found: found.into(), mend: None }
     }
 
     /// As it should be.
@@ -138,16 +133,14 @@ impl Report {
                 "Windows interop is switched off here, but Windows programs may stop working in \
                  other distros at any time.",
             ),
-            (State::Degraded, _) => (
-                "degraded",
-                "Windows programs are protected, but something else needs fixing.",
-            ),
+            (State::Degraded, _) => {
+                ("degraded", "Windows programs are protected, but something else needs fixing.")
+            }
             (State::Unknown, _) => ("unknown", "Not everything could be checked."),
             (_, true) => ("healthy", "Windows programs start and are protected."),
-            (_, false) => (
-                "off",
-                "Windows interop is switched off here; other distros are protected.",
-            ),
+            (_, false) => {
+                ("off", "Windows interop is switched off here; other distros are protected.")
+            }
         };
         let next = match worst {
             State::Good | State::Note => "",
@@ -169,19 +162,13 @@ impl Report {
                 "wsl1",
                 "This is WSL1, which neither runs systemd nor shares its table: nothing to do.",
             ),
-            Verdict::Container => (
-                "container",
-                "This is a container on WSL's kernel: nothing to do.",
-            ),
+            Verdict::Container => {
+                ("container", "This is a container on WSL's kernel: nothing to do.")
+            }
             Verdict::Initrd => ("initrd", "This is the initrd: nothing to do."),
             _ => ("not-wsl", "This is not WSL: nothing to do."),
         };
-        Report {
-            verdict: word,
-            summary: summary.to_owned(),
-            healthy: true,
-            findings: Vec::new(),
-        }
+        Report { verdict: word, summary: summary.to_owned(), healthy: true, findings: Vec::new() }
     }
 
     /// The format for people: the verdict, then a line for each finding, and one for each fix.
@@ -338,9 +325,7 @@ mod tests {
     fn a_word_is_one_to_the_shell() {
         for text in ["/a/b-1.conf", "a b", "$(id)", "it's", "", "a\nb'\u{202e}"] {
             let command = format!("printf %s {}", word(text));
-            let shell = std::process::Command::new("sh")
-                .args(["-c", &command])
-                .output();
+            let shell = std::process::Command::new("sh").args(["-c", &command]).output();
             assert_eq!(shell.unwrap().stdout, text.as_bytes(), "{command}");
         }
         let finding = Finding::note("entry", "x").by_root("rm 'a\nb'");

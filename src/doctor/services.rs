@@ -231,10 +231,7 @@ fn ours(files: &Files, check: &'static str, unit: &Unit) -> Finding {
     let start = format!("systemctl start {name}");
     let bad = |found, command| Finding::new(check, State::Unprotected, found).by_root(command);
     if unit.get("LoadState") == "not-found" {
-        return bad(
-            format!("{name} is not loaded"),
-            format!("{RELOAD} && {start}"),
-        );
+        return bad(format!("{name} is not loaded"), format!("{RELOAD} && {start}"));
     }
     let mut found = format!("{name}: {}", state(unit));
     // systemd before 250 shows only /dev/null for a mask.

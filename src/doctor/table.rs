@@ -15,11 +15,7 @@ const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
 /// Judges all of it.
 pub fn check(table: &Table, place: &Place) -> Vec<Finding> {
     let entries = table.entries.as_deref().unwrap_or_default();
-    let seen = Seen {
-        table,
-        place,
-        entries,
-    };
+    let seen = Seen { table, place, entries };
     if table.entries.is_none() {
         return vec![seen.not_mounted(), seen.launch(None)];
     }
@@ -57,10 +53,7 @@ impl Seen<'_> {
     fn not_mounted(&self) -> Finding {
         let mount = format!("mount -t {KIND} {KIND} {BINFMT_MISC}");
         let (found, mend) = match self.table.mounted.as_deref() {
-            None => (
-                format!("the table is not mounted on {BINFMT_MISC}"),
-                format!("{mount} && "),
-            ),
+            None => (format!("the table is not mounted on {BINFMT_MISC}"), format!("{mount} && ")),
             Some(KIND) => ("this shell cannot see the table".to_owned(), "".to_owned()),
             // The table may already be mounted below it.
             Some(kind) => (
@@ -104,10 +97,7 @@ impl Seen<'_> {
     /// Judges WSL's own entry.
     fn entry(&self) -> Vec<Finding> {
         let bad = |state, found| Finding::new("entry", state, found).by_root(self.restore());
-        let mut of_wsl = self
-            .entries
-            .iter()
-            .filter(|listed| listed.entry.interpreter == INIT);
+        let mut of_wsl = self.entries.iter().filter(|listed| listed.entry.interpreter == INIT);
         let other = of_wsl.find(|listed| [LATE, STAND_IN].contains(&&*listed.name));
         let own = interop::find(self.entries, NAME);
         let start = "which starts Windows programs,";
@@ -121,11 +111,7 @@ impl Seen<'_> {
                 // Enables the entry if it is only disabled; removes it if it is not WSL's.
                 let mut enabled = entry.clone();
                 enabled.enabled = true;
-                let value = if interop::fault(&enabled).is_none() {
-                    1
-                } else {
-                    -1
-                };
+                let value = if interop::fault(&enabled).is_none() { 1 } else { -1 };
                 let mend = format!("echo {value} >{BINFMT_MISC}/{NAME} && {}", self.restore());
                 bad(State::Broken, format!("{NAME}, {start} {found}")).by_root(mend)
             }
@@ -142,11 +128,7 @@ impl Seen<'_> {
             }
         }];
         if let Some(Listed { name, .. }) = other {
-            let place = if own.is_some() {
-                "duplicates"
-            } else {
-                "stands in for"
-            };
+            let place = if own.is_some() { "duplicates" } else { "stands in for" };
             findings.push(bad(State::Degraded, format!("{name} {place} {NAME}")));
         }
         findings
@@ -174,10 +156,7 @@ impl Seen<'_> {
             }
         };
         let mend = cause.or_else(|| Some(Mend::AsRoot(self.restore())));
-        Finding {
-            mend,
-            ..Finding::new("launch", State::Broken, found)
-        }
+        Finding { mend, ..Finding::new("launch", State::Broken, found) }
     }
 
     /// Judges the other entries that claim Windows programs, or some of them.

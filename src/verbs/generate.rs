@@ -30,11 +30,7 @@ pub fn generate(host: &Host, early: &Utf8Path, log: &Log) -> anyhow::Result<()> 
         log.error(&format!("{error:#}"));
     }
     if !errors.is_empty() {
-        bail!(
-            "{} of {} files not written to {early}",
-            errors.len(),
-            decision.plan.len()
-        );
+        bail!("{} of {} files not written to {early}", errors.len(), decision.plan.len());
     }
     Ok(())
 }
@@ -66,14 +62,7 @@ pub fn decide(host: &Host) -> Decision {
         noted.as_ref().unwrap_or(&conf),
         &machine::neighbors(host, |doubt| doubts.push(doubt)),
     );
-    Decision {
-        conf,
-        noted,
-        unread,
-        warning,
-        doubts,
-        plan,
-    }
+    Decision { conf, noted, unread, warning, doubts, plan }
 }
 
 /// The settings of wsl.conf that are in effect while the distro runs.
@@ -83,9 +72,7 @@ pub fn in_force(host: &Host) -> WslConf {
 
 /// The settings that the guard recorded when the distro started.
 fn noted(host: &Host) -> Option<WslConf> {
-    host.read(BOOT_CONF)
-        .ok()
-        .map(|noted| wsl_conf::parse(&noted))
+    host.read(BOOT_CONF).ok().map(|noted| wsl_conf::parse(&noted))
 }
 
 /// Reads wsl.conf. Returns the settings, why it cannot be read, and what is wrong with it.
@@ -95,9 +82,7 @@ fn read(host: &Host) -> (WslConf, Option<ErrorKind>, Option<String>) {
         Ok(bytes) => {
             let conf = wsl_conf::parse(&bytes);
             let stops = "WSL stops reading at this line, ignoring the rest";
-            let warning = conf
-                .refused_line
-                .map(|line| format!("{path}:{line}: {stops}"));
+            let warning = conf.refused_line.map(|line| format!("{path}:{line}: {stops}"));
             (conf, None, warning)
         }
         Err(error) => {

@@ -62,8 +62,7 @@ pub fn guard(host: &Host, log: &Log) -> anyhow::Result<()> {
 
 fn is_there(host: &Host, absolute: &str) -> anyhow::Result<bool> {
     let path = host.path(absolute);
-    path.try_exists()
-        .with_context(|| format!("looking at {path}"))
+    path.try_exists().with_context(|| format!("looking at {path}"))
 }
 
 /// Records wsl.conf as it is when the distro starts, for later runs of the generator.
@@ -138,23 +137,15 @@ pub fn join_distro(host: &Host) -> anyhow::Result<()> {
 /// this is right even if one mount hides another.
 fn is_bound_over(status: &Utf8Path, table: &Utf8Path) -> anyhow::Result<bool> {
     let device = |path: &Utf8Path| {
-        fs::metadata(path)
-            .map(|m| m.dev())
-            .with_context(|| format!("looking at {path}"))
+        fs::metadata(path).map(|m| m.dev()).with_context(|| format!("looking at {path}"))
     };
     Ok(device(status)? != device(table)?)
 }
 
 fn bind(file: &Utf8Path, over: &Utf8Path) -> anyhow::Result<()> {
     let none: Option<&str> = None;
-    mount(
-        Some(file.as_str()),
-        over.as_str(),
-        none,
-        MsFlags::MS_BIND,
-        none,
-    )
-    .with_context(|| format!("binding {file} over {over}"))
+    mount(Some(file.as_str()), over.as_str(), none, MsFlags::MS_BIND, none)
+        .with_context(|| format!("binding {file} over {over}"))
 }
 
 fn make_read_only(mounted: &Utf8Path) -> anyhow::Result<()> {

@@ -69,10 +69,7 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
             return Ok(());
         }
         let due = watcher.due();
-        if !reports
-            .wait(&signals, due, true)
-            .context("waiting for a change")?
-        {
+        if !reports.wait(&signals, due, true).context("waiting for a change")? {
             return Ok(());
         }
     }
@@ -120,11 +117,7 @@ impl<'a> Watcher<'a> {
         Watcher {
             host,
             table: Table::unopened(host),
-            told: Told {
-                log,
-                deeds: Vec::new(),
-                problems: Vec::new(),
-            },
+            told: Told { log, deeds: Vec::new(), problems: Vec::new() },
             burst: None,
             again_at: Some(Instant::now()),
             retry: RETRY,
@@ -133,10 +126,7 @@ impl<'a> Watcher<'a> {
             undone: 0,
             // Possibly before the watcher started.
             flushed: true,
-            pending: Pending {
-                again: true,
-                ..Pending::default()
-            },
+            pending: Pending { again: true, ..Pending::default() },
             unsettled: Vec::new(),
         }
     }
@@ -175,10 +165,7 @@ impl<'a> Watcher<'a> {
         let (change, unreported) = match change {
             Ok(change) => (change, None),
             Err(error) => {
-                let blind = Change {
-                    flushed: true,
-                    ..Change::default()
-                };
+                let blind = Change { flushed: true, ..Change::default() };
                 (blind, Some(error))
             }
         };
@@ -197,8 +184,7 @@ impl<'a> Watcher<'a> {
         };
         self.again_at = self.again_at.or(wait.map(|wait| now + wait));
         let problems = unreported.iter().chain(&uncovered).chain(&self.unsettled);
-        self.told
-            .problems(problems.map(|error| format!("{error:#}")));
+        self.told.problems(problems.map(|error| format!("{error:#}")));
     }
 
     /// Records what has changed, and when the table may be settled.
@@ -261,10 +247,7 @@ impl<'a> Watcher<'a> {
         let quiet = now >= burst.quiet_at;
         if !quiet {
             self.give_way();
-            self.burst = Some(Burst {
-                since: now,
-                quiet_at: burst.quiet_at,
-            });
+            self.burst = Some(Burst { since: now, quiet_at: burst.quiet_at });
         }
         let table = &self.table;
         let flush = self.flushed && repair::interop_went(self.host, table);
@@ -329,10 +312,7 @@ impl Told<'_> {
         if now == self.problems {
             return;
         }
-        for problem in now
-            .iter()
-            .filter(|problem| !self.problems.contains(problem))
-        {
+        for problem in now.iter().filter(|problem| !self.problems.contains(problem)) {
             self.log.error(problem);
         }
         let status = now.join("; ").replace('\n', " ");
@@ -424,17 +404,11 @@ impl Reports {
             };
             for event in events {
                 let overflown = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
-                let name = event
-                    .name
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned();
+                let name = event.name.unwrap_or_default().to_string_lossy().into_owned();
                 let of_status = name == "status";
                 change.wrote = true;
                 change.flushed |= overflown || of_status;
-                change
-                    .names
-                    .extend(Some(name).filter(|name| name != "register"));
+                change.names.extend(Some(name).filter(|name| name != "register"));
                 lost |= event.mask.contains(AddWatchFlags::IN_IGNORED);
             }
         }

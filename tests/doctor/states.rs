@@ -35,11 +35,7 @@ fn healthy() -> Facts {
         let binds = "BindPaths=/dev/null:/proc/sys/fs/binfmt_misc/status:rbind";
         format!("Id={unit}\nLoadState=loaded\nActiveState=active\nConditionTimestampMonotonic=1\n{binds}\n\n")
     });
-    let socket = |path: &str| Socket {
-        path: path.to_owned(),
-        exists: true,
-        is_alive: true,
-    };
+    let socket = |path: &str| Socket { path: path.to_owned(), exists: true, is_alive: true };
     Facts {
         place: Fact::Is(Place {
             verdict: Verdict::Wsl2,
@@ -75,19 +71,12 @@ fn healthy() -> Facts {
 }
 
 fn listed(name: &str, interpreter: &str, flags: &str) -> Listed {
-    let mut entry = Entry {
-        interpreter: interpreter.to_owned(),
-        flags: flags.to_owned(),
-        ..interop::wanted()
-    };
+    let mut entry =
+        Entry { interpreter: interpreter.to_owned(), flags: flags.to_owned(), ..interop::wanted() };
     if name == "py" {
         entry.pattern = Pattern::Extension("py".to_owned());
     }
-    Listed {
-        name: name.to_owned(),
-        inode: 1,
-        entry,
-    }
+    Listed { name: name.to_owned(), inode: 1, entry }
 }
 
 fn is<T>(fact: &mut Fact<T>) -> &mut T {
@@ -144,9 +133,7 @@ const STATES: &[(&str, Change)] = &[
     }),
     ("initrd", |f| place(f).verdict = Verdict::Initrd),
     ("version not told", |f| place(f).version = Ok(None)),
-    ("PID 1 not readable", |f| {
-        place(f).version = Err(ErrorKind::Other)
-    }),
+    ("PID 1 not readable", |f| place(f).version = Err(ErrorKind::Other)),
     ("protection off, but noted as on", |f| {
         is(&mut f.conf).noted = Some(WslConf::default());
         conf(f, "[boot]\nprotectBinfmt=false\n");
@@ -170,9 +157,7 @@ const STATES: &[(&str, Change)] = &[
         conf(f, "[interop]\nenabled=false\n");
         table(f).cover = None;
     }),
-    ("generator not executable", |f| {
-        generator(f, Fate::NotExecutable)
-    }),
+    ("generator not executable", |f| generator(f, Fate::NotExecutable)),
     ("generator writable", |f| generator(f, Fate::WritableByAll)),
     ("a generator is passed over", |f| {
         let path = "/etc/wsl-binfmt-generator";
@@ -181,16 +166,10 @@ const STATES: &[(&str, Change)] = &[
     }),
     ("generator was upgraded", |f| {
         files(f).written.remove("wsl-binfmt-guard.service");
-        files(f)
-            .written
-            .remove("sysinit.target.wants/wsl-binfmt-guard.service");
+        files(f).written.remove("sysinit.target.wants/wsl-binfmt-guard.service");
     }),
-    ("mounts denied", |f| {
-        f.table = Fact::Failed("reading the list of mounts: x".to_owned())
-    }),
-    ("table there, but not for this shell", |f| {
-        table(f).entries = None
-    }),
+    ("mounts denied", |f| f.table = Fact::Failed("reading the list of mounts: x".to_owned())),
+    ("table there, but not for this shell", |f| table(f).entries = None),
     ("table disabled", |f| {
         table(f).cover = None;
         table(f).state = "disabled".to_owned();
@@ -210,40 +189,24 @@ const STATES: &[(&str, Change)] = &[
         entry(f).enabled = false;
     }),
     ("entry without P and F", |f| entry(f).flags.clear()),
-    ("second entry doubles", |f| {
-        entries(f).push(listed(LATE, "/init", "P"))
-    }),
-    ("only the second entry", |f| {
-        entries(f)[0].name = LATE.to_owned()
-    }),
+    ("second entry doubles", |f| entries(f).push(listed(LATE, "/init", "P"))),
+    ("only the second entry", |f| entries(f)[0].name = LATE.to_owned()),
     ("a rival that is switched off", |f| {
         let mut rival = listed("wine", "/wine", "");
         rival.entry.enabled = false;
         entries(f).insert(0, rival);
     }),
-    ("covered by somebody", |f| {
-        table(f).cover = Some("/x".to_owned())
-    }),
-    ("guarded by WSL", |f| {
-        table(f).cover = Some("/wsl/binfmt-status-lock".to_owned())
-    }),
-    ("guard's file written to", |f| {
-        table(f).state = "1".to_owned()
-    }),
+    ("covered by somebody", |f| table(f).cover = Some("/x".to_owned())),
+    ("guarded by WSL", |f| table(f).cover = Some("/wsl/binfmt-status-lock".to_owned())),
+    ("guard's file written to", |f| table(f).state = "1".to_owned()),
     ("mounts of one's own", |f| {
         place(f).has_own_mounts = true;
         table(f).cover = None;
     }),
-    ("no systemctl", |f| {
-        f.units = Fact::Failed("running systemctl: ENOENT".to_owned())
-    }),
+    ("no systemctl", |f| f.units = Fact::Failed("running systemctl: ENOENT".to_owned())),
     ("not installed", |f| unit(f, 1, "LoadState=not-found")),
     ("masked for good", |f| {
-        unit(
-            f,
-            0,
-            "LoadState=masked FragmentPath=/etc/x ActiveState=inactive",
-        )
+        unit(f, 0, "LoadState=masked FragmentPath=/etc/x ActiveState=inactive")
     }),
     ("rules never registered", |f| {
         entries(f).remove(1);
@@ -259,16 +222,8 @@ const STATES: &[(&str, Change)] = &[
     }),
     ("program of a service is gone", |f| {
         entries(f).remove(1);
-        unit(
-            f,
-            0,
-            "ActiveState=failed Result=exit-code ExecMainStatus=203",
-        );
-        unit(
-            f,
-            3,
-            "ActiveState=failed Result=exit-code ExecMainStatus=226",
-        );
+        unit(f, 0, "ActiveState=failed Result=exit-code ExecMainStatus=203");
+        unit(f, 3, "ActiveState=failed Result=exit-code ExecMainStatus=226");
     }),
     ("BindPaths= emptied", |f| {
         let path = "/etc/systemd/system/systemd-binfmt.service.d/zz.conf";
@@ -281,9 +236,7 @@ const STATES: &[(&str, Change)] = &[
     ("watcher changed, and says something", |f| {
         unit(f, 3, "DropInPaths=/etc/x.conf StatusText=no_table");
     }),
-    ("watcher is being started", |f| {
-        unit(f, 3, "ActiveState=activating")
-    }),
+    ("watcher is being started", |f| unit(f, 3, "ActiveState=activating")),
     ("old rule beside others, and a drop-in", |f| {
         let rules = ":WSLInterop:M::MZ::/init:P\n:other:M::x::/x:\n";
         files(f).rules = binfmt_d::parse(rules, "/etc/binfmt.d/all.conf");
@@ -343,13 +296,9 @@ fn all_that_the_schema_has_is_told() {
     let how = &finding["mend"]["oneOf"][1]["properties"]["how"]["enum"];
     let names = |names: &serde_json::Value| -> Vec<String> {
         let names = names.as_array().unwrap().iter();
-        names
-            .map(|name| name.as_str().unwrap().to_owned())
-            .collect()
+        names.map(|name| name.as_str().unwrap().to_owned()).collect()
     };
-    let how = names(how)
-        .into_iter()
-        .map(|how| how.trim_start_matches("run-").replace('-', " "));
+    let how = names(how).into_iter().map(|how| how.trim_start_matches("run-").replace('-', " "));
     let said = judge(&healthy(), place(&mut healthy())).text(false) + include_str!("states.txt");
     for name in names(&finding["check"]["enum"]).into_iter().chain(how) {
         assert!(said.contains(&format!("  {name} ")), "{name} is never told");
@@ -360,19 +309,10 @@ fn all_that_the_schema_has_is_told() {
 fn what_registers_the_entry_is_told_from_what_only_looks_at_it() {
     let register = "/bin/sh -c 'echo :WSLInterop:M::MZ::/init:PF >/x/register'";
     for (unit, registers) in [
-        (
-            &*format!("[Service]\nExecStart=\n ExecStart={register}\n"),
-            true,
-        ),
-        (
-            "ExecStart=sh -c 'echo :x:M::MZ::/init: \\\n>/x/register'",
-            true,
-        ),
+        (&*format!("[Service]\nExecStart=\n ExecStart={register}\n"), true),
+        ("ExecStart=sh -c 'echo :x:M::MZ::/init: \\\n>/x/register'", true),
         (&format!("# ExecStart={register}\n"), false),
-        (
-            "ConditionPathExists=/proc/sys/fs/binfmt_misc/WSLInterop",
-            false,
-        ),
+        ("ConditionPathExists=/proc/sys/fs/binfmt_misc/WSLInterop", false),
         ("ExecStart=cat /proc/sys/fs/binfmt_misc/WSLInterop", false),
         ("ExecStart=sh -c 'echo :q:M::ELF::/q: >/x/register'", false),
     ] {

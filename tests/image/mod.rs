@@ -72,22 +72,13 @@ pub fn first_run(run: Run) -> anyhow::Result<()> {
     };
     let said = first_run("WSL_USER='Not a name'")?;
     ensure!(said.ends_with("status 1\n"), "{said}");
-    ensure!(
-        said.contains("the user 'Not a name' could not be made"),
-        "{said}"
-    );
+    ensure!(said.contains("the user 'Not a name' could not be made"), "{said}");
     let said = first_run("A=b")?;
     ensure!(said.ends_with("status 0\n"), "{said}");
     let user = run("chroot root id user; stat -c %u root/home/user")?;
-    ensure!(
-        user.starts_with("uid=1000(user)") && user.contains("(sudo)"),
-        "{user}"
-    );
+    ensure!(user.starts_with("uid=1000(user)") && user.contains("(sudo)"), "{user}");
     ensure!(user.ends_with("\n1000\n"), "{user}");
     let said = first_run("A=b")?;
-    ensure!(
-        said == "The user user is there already.\nstatus 0\n",
-        "{said}"
-    );
+    ensure!(said == "The user user is there already.\nstatus 0\n", "{said}");
     Ok(())
 }

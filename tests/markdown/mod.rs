@@ -18,10 +18,7 @@ pub fn print(file: &str, name: &str, table: &str) -> anyhow::Result<()> {
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let (begin, end) = (
-        format!("<!-- {name} -->\n"),
-        format!("<!-- end of {name} -->\n"),
-    );
+    let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- end of {name} -->\n"));
     let parts = text.split_once(&begin).and_then(|(before, rest)| {
         let (_, after) = rest.split_once(&end)?;
         Some((before, after))
@@ -48,16 +45,12 @@ pub fn blocks(file: &str) -> anyhow::Result<Vec<Block>> {
     let mut blocks: Vec<Block> = Vec::new();
     let (mut mark, mut inside) = (None, false);
     for line in text.lines() {
-        let comment = line
-            .strip_prefix("<!-- ")
-            .and_then(|line| line.strip_suffix(" -->"));
+        let comment = line.strip_prefix("<!-- ").and_then(|line| line.strip_suffix(" -->"));
         match (comment, line.strip_prefix("    "), blocks.last_mut()) {
             (Some(comment), _, _) => (mark, inside) = (Some(comment.to_owned()), false),
             (_, Some(line), Some(block)) if inside => block.text += &format!("{line}\n"),
             (_, Some(line), _) => {
-                let mark = mark
-                    .take()
-                    .with_context(|| format!("{file}: nothing before {line}"))?;
+                let mark = mark.take().with_context(|| format!("{file}: nothing before {line}"))?;
                 let text = format!("{line}\n");
                 blocks.push(Block { mark, text });
                 inside = true;

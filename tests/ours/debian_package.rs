@@ -16,11 +16,7 @@ use super::{extent, project, succeed};
 const TOOLS: &str = "build-essential,cargo,debhelper,lintian,meson,pkgconf,rustc,systemd-dev";
 
 /// The other architecture that WSL runs on.
-pub const FOREIGN: &str = if cfg!(target_arch = "aarch64") {
-    "amd64"
-} else {
-    "arm64"
-};
+pub const FOREIGN: &str = if cfg!(target_arch = "aarch64") { "amd64" } else { "arm64" };
 
 /// The package, where it was built, and a later version of it.
 pub struct DebianPackage {
@@ -51,11 +47,8 @@ impl DebianPackage {
              qemu-user"
         );
         let is_there = tree_has(&trees, "trixie", &cross);
-        let (packages, foreign) = if is_there || extent::is_all() {
-            (&*cross, Some(FOREIGN))
-        } else {
-            (TOOLS, None)
-        };
+        let (packages, foreign) =
+            if is_there || extent::is_all() { (&*cross, Some(FOREIGN)) } else { (TOOLS, None) };
         let tree = tree(&trees, "trixie", packages, foreign)?;
         let directory = directory()?;
         let package = DebianPackage { tree, directory };

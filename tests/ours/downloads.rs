@@ -17,20 +17,14 @@ use super::succeed;
 /// Packages to install, and of what comes with them, those to upgrade: their scripts and triggers
 /// have to do with binary formats. Debian 13 has split qemu-user-static.
 const PACKAGES: [(&str, &[&str]); 3] = [
-    (
-        "qemu-user-static",
-        &["qemu-user-static", "qemu-user-binfmt"],
-    ),
+    ("qemu-user-static", &["qemu-user-static", "qemu-user-binfmt"]),
     ("binfmt-support", &["binfmt-support"]),
     ("mono-runtime", &["mono-runtime"]),
 ];
 
 /// An architecture that is not this machine's, in Debian's words and in qemu's.
-const FOREIGN: (&str, &str) = if cfg!(target_arch = "aarch64") {
-    ("amd64", "x86_64")
-} else {
-    ("arm64", "aarch64")
-};
+const FOREIGN: (&str, &str) =
+    if cfg!(target_arch = "aarch64") { ("amd64", "x86_64") } else { ("arm64", "aarch64") };
 
 /// Where they are for the tree of that suite.
 pub fn directory(suite: &str) -> anyhow::Result<PathBuf> {
@@ -85,10 +79,7 @@ fn download(suite: &str) -> anyhow::Result<()> {
 /// Downloads a program for another architecture.
 fn download_foreign(apt: &Apt, foreign: &Path) -> anyhow::Result<()> {
     fs::create_dir(foreign)?;
-    apt.run(
-        foreign,
-        &["download", &format!("busybox-static:{}", FOREIGN.0)],
-    )?;
+    apt.run(foreign, &["download", &format!("busybox-static:{}", FOREIGN.0)])?;
     let package = debs(foreign)?.pop().context("no busybox")?;
     succeed(Command::new("dpkg-deb").args(["-x".as_ref(), package.as_path(), foreign]))?;
     // Debian 12's is in /bin.
@@ -183,9 +174,8 @@ fn repack(package: &Path, to: &Path, version_end: &str) -> anyhow::Result<()> {
 }
 
 fn debs(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let paths: Result<Vec<_>, _> = fs::read_dir(directory)?
-        .map(|entry| entry.map(|entry| entry.path()))
-        .collect();
+    let paths: Result<Vec<_>, _> =
+        fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.path())).collect();
     let is_deb = |path: &PathBuf| path.extension() == Some(OsStr::new("deb"));
     Ok(paths?.into_iter().filter(is_deb).collect())
 }

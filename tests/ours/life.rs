@@ -69,26 +69,15 @@ impl Life {
                 .file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"))
         };
         // It does the table no harm and no good, so that all of that comes from the other.
-        let peer = vm
-            .distro("peer", suite)
-            .masked("systemd-binfmt.service")
-            .boot()?;
+        let peer = vm.distro("peer", suite).masked("systemd-binfmt.service").boot()?;
         peer.register(PEERS_RULE);
 
-        let mut play = Play {
-            vm,
-            peer,
-            events: Vec::new(),
-        };
+        let mut play = Play { vm, peer, events: Vec::new() };
         let mine = play.boot("boot", distro("mine"))?;
         let systemd = mine.run("systemctl --version");
         let systemd = systemd.split(' ').nth(1).context("systemd's version")?;
         play.command("restart", &mine, RESTART)?;
-        play.command(
-            "reload and restart",
-            &mine,
-            &format!("systemctl daemon-reload; {RESTART}"),
-        )?;
+        play.command("reload and restart", &mine, &format!("systemctl daemon-reload; {RESTART}"))?;
         play.command("stop", &mine, "systemctl stop systemd-binfmt")?;
         play.command("start", &mine, "systemctl start systemd-binfmt")?;
         let restarted = play.command("10 restarts", &mine, RESTARTS)?;
@@ -102,10 +91,7 @@ impl Life {
         play.poweroff("poweroff, failing rule", mine)?;
         let hammered: u32 = play.events.iter().map(|e| e.launches.all()).sum();
         ensure!(hammered > 300, "too few launches to tell: {hammered}");
-        Ok(Life {
-            systemd: systemd.to_owned(),
-            events: play.events,
-        })
+        Ok(Life { systemd: systemd.to_owned(), events: play.events })
     }
 
     /// It in words, without what differs from run to run.
@@ -125,19 +111,8 @@ impl Life {
     pub fn record(&self) -> String {
         let mut record = format!("{}\n", self.systemd);
         for event in &self.events {
-            let Event {
-                name,
-                launch,
-                table,
-                state,
-                launches,
-            } = event;
-            let Launches {
-                started,
-                failed,
-                longest_gap,
-                ..
-            } = launches;
+            let Event { name, launch, table, state, launches } = event;
+            let Launches { started, failed, longest_gap, .. } = launches;
             let gap = longest_gap.as_micros();
             record += &format!("{name}\t{launch}\t{table}\t{state}\t{started}\t{failed}\t{gap}\n");
         }
@@ -238,12 +213,8 @@ fn table(vm: &Vm) -> String {
         let shown = of_cat.or(of_init).unwrap_or(&entry);
         format!("{name} {shown}").trim_end().to_owned()
     };
-    let entries: Vec<_> = vm
-        .entries()
-        .iter()
-        .filter(|name| !name.starts_with("python"))
-        .map(flags)
-        .collect();
+    let entries: Vec<_> =
+        vm.entries().iter().filter(|name| !name.starts_with("python")).map(flags).collect();
     entries.join(", ")
 }
 

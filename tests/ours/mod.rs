@@ -79,10 +79,7 @@ impl Install for Builder<'_> {
         let page = format!("{NAME}.8");
         self.copy(Path::new("/vm").join(NAME), &generator)
             .link("/usr/bin/wsl-binfmt", &generator)
-            .copy(
-                project().join("man").join(&page),
-                &format!("/usr/share/man/man8/{page}"),
-            )
+            .copy(project().join("man").join(&page), &format!("/usr/share/man/man8/{page}"))
     }
 
     fn binfmt_support(self) -> Self {
@@ -160,10 +157,8 @@ fn build(program: &Path) -> anyhow::Result<()> {
 
 /// What a command prints that must succeed; all of its output is in the error if it does not.
 fn succeed(command: &mut Command) -> anyhow::Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("starting {command:?}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("starting {command:?}"))?;
     let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.success(),

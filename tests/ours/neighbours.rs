@@ -105,19 +105,12 @@ impl Event {
     /// What there is of its rules, the one with `F` only as far as it is its own.
     pub fn left(&self) -> Vec<&str> {
         let with_f = (self.runs == "own").then_some("who with F");
-        self.rules
-            .iter()
-            .map(String::as_str)
-            .chain(with_f)
-            .collect()
+        self.rules.iter().map(String::as_str).chain(with_f).collect()
     }
 
     /// How many rules worked before it, and do not after.
     pub fn lost_rules(&self, before: &Event) -> usize {
-        let gone = before
-            .rules
-            .iter()
-            .filter(|rule| !self.rules.contains(rule));
+        let gone = before.rules.iter().filter(|rule| !self.rules.contains(rule));
         gone.count() + usize::from(before.runs != "none" && self.runs == "none")
     }
 
@@ -139,10 +132,7 @@ impl Event {
             worse.extend(gone.map(|rule| format!("no {rule}")));
         }
         if self.failed > other.failed {
-            worse.push(format!(
-                "{} starts failed, not {}",
-                self.failed, other.failed
-            ));
+            worse.push(format!("{} starts failed, not {}", self.failed, other.failed));
         }
         let name = format!("{:?} {:?}", self.whose, self.act);
         worse.iter().map(|what| format!("{name}: {what}")).collect()
@@ -165,25 +155,14 @@ impl Beside {
         neighbour_ours: bool,
     ) -> anyhow::Result<Beside> {
         vm.write("status", "-1")?;
-        let side = |role, ours| Side {
-            vm,
-            suite: suite.to_owned(),
-            generation,
-            role,
-            ours,
-            distro: None,
-        };
-        let mut play = Play {
-            vm,
-            mine: side("own", ours),
-            neighbour: side("neighbour's", neighbour_ours),
-        };
+        let side =
+            |role, ours| Side { vm, suite: suite.to_owned(), generation, role, ours, distro: None };
+        let mut play =
+            Play { vm, mine: side("own", ours), neighbour: side("neighbour's", neighbour_ours) };
         vm.renew_interop()?;
         play.neighbour.act(Boot)?;
         let events = LIFE.iter().map(|&(whose, act)| play.event(whose, act));
-        Ok(Beside {
-            events: events.collect::<anyhow::Result<_>>()?,
-        })
+        Ok(Beside { events: events.collect::<anyhow::Result<_>>()? })
     }
 
     /// The distro's own events, or its neighbour's.
@@ -219,12 +198,7 @@ impl Beside {
     pub fn record(&self) -> String {
         let line = |e: &Event| {
             let numbers = format!("{}\t{}\t{}", e.starts, e.failed, e.lost_launches);
-            format!(
-                "{numbers}\t{}\t{}\t{}\n",
-                e.system,
-                e.rules.join(" "),
-                e.runs
-            )
+            format!("{numbers}\t{}\t{}\t{}\n", e.system, e.rules.join(" "), e.runs)
         };
         self.events.iter().map(line).collect()
     }
@@ -249,9 +223,7 @@ impl Beside {
             })
         };
         let events = LIFE.iter().zip(record.lines()).map(parse);
-        Ok(Beside {
-            events: events.collect::<anyhow::Result<_>>()?,
-        })
+        Ok(Beside { events: events.collect::<anyhow::Result<_>>()? })
     }
 }
 
@@ -276,10 +248,7 @@ impl Side<'_> {
             let distro = self.distro.as_ref().context("it is off")?;
             let (starts, answers) = match act {
                 Restarts => (5, distro.run(RESTARTS)),
-                Reload => (
-                    1,
-                    distro.run(&format!("systemctl daemon-reload; {RESTART}")),
-                ),
+                Reload => (1, distro.run(&format!("systemctl daemon-reload; {RESTART}"))),
                 Restart => (1, distro.run(RESTART)),
                 _ => (1, distro.run(IS_FAILED)),
             };
@@ -342,11 +311,7 @@ impl Play<'_> {
         }
         let launches = hammer.stop();
         let (starts, failed) = acted.with_context(|| format!("{whose:?} {act:?}"))?;
-        let (starts, failed) = if whose == Own {
-            (starts, failed)
-        } else {
-            (0, 0)
-        };
+        let (starts, failed) = if whose == Own { (starts, failed) } else { (0, 0) };
         let names = [("only", self.mine.only()), ("shared", "shared")];
         let there = names.iter().filter(|n| self.vm.entry(n.1) != "missing");
         let system = self.mine.distro.as_ref();

@@ -16,16 +16,13 @@ const PEERS: &str = ":peerfmt:M::PEERFMT::/bin/cat:";
 const STANDS: &str = "enabled, interpreter /bin/cat, flags: F";
 
 pub const BY_HAND: &[Test] = &[
-    (
-        "by hand: a drop-in protects the home of every service",
-        |vm| {
-            everywhere(vm, |vm, distro| {
-                let mine = for_every_service(distro, "ProtectHome=yes").boot()?;
-                guarded(vm, &mine)?;
-                stops_without_harm(vm, mine)
-            })
-        },
-    ),
+    ("by hand: a drop-in protects the home of every service", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = for_every_service(distro, "ProtectHome=yes").boot()?;
+            guarded(vm, &mine)?;
+            stops_without_harm(vm, mine)
+        })
+    }),
     ("by hand: a drop-in gives every service a /tmp", |vm| {
         everywhere(vm, |vm, distro| {
             // With this, services of systemd wait for each other, and now and then one has to fail.
@@ -54,25 +51,22 @@ pub const BY_HAND: &[Test] = &[
             Ok(())
         })
     }),
-    (
-        "by hand: systemd-binfmt beside its unit, and beside a peer",
-        |vm| {
-            let rule = format!("{RULE}\n");
-            let peer = vm.distro("peer", "trixie").generator(true);
-            let peer = peer.file("/etc/binfmt.d/test.conf", &rule).boot()?;
-            let mine = vm.distro("mine", "trixie").generator(true);
-            let mine = mine.file("/etc/binfmt.d/test.conf", &rule).boot()?;
-            mine.run("/usr/lib/systemd/systemd-binfmt test.conf");
-            // Nobody can tell whose that is, but the peer is not to lose it.
-            peer.run("/usr/lib/systemd/systemd-binfmt test.conf");
-            let entry = vm.entry_identity("testfmt")?;
-            mine.poweroff()?;
-            ensure!(vm.entry_identity("testfmt")? == entry, "it went");
-            peer.poweroff()?;
-            ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
-            Ok(())
-        },
-    ),
+    ("by hand: systemd-binfmt beside its unit, and beside a peer", |vm| {
+        let rule = format!("{RULE}\n");
+        let peer = vm.distro("peer", "trixie").generator(true);
+        let peer = peer.file("/etc/binfmt.d/test.conf", &rule).boot()?;
+        let mine = vm.distro("mine", "trixie").generator(true);
+        let mine = mine.file("/etc/binfmt.d/test.conf", &rule).boot()?;
+        mine.run("/usr/lib/systemd/systemd-binfmt test.conf");
+        // Nobody can tell whose that is, but the peer is not to lose it.
+        peer.run("/usr/lib/systemd/systemd-binfmt test.conf");
+        let entry = vm.entry_identity("testfmt")?;
+        mine.poweroff()?;
+        ensure!(vm.entry_identity("testfmt")? == entry, "it went");
+        peer.poweroff()?;
+        ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
+        Ok(())
+    }),
     ("by hand: the table's mount unit is restarted", |vm| {
         everywhere(vm, |vm, distro| {
             let mine = distro.boot()?;
@@ -116,49 +110,42 @@ pub const BY_HAND: &[Test] = &[
             stops_without_harm(vm, mine)
         })
     }),
-    (
-        "by hand: a watcher that is killed nine times comes back",
-        |vm| {
-            everywhere(vm, |vm, distro| {
-                let mine = distro.boot()?;
-                let pid =
-                    || mine.run("systemctl show --property=MainPID --value wsl-interop-restore");
-                for _ in 0..9 {
-                    let before = pid();
-                    mine.run("systemctl kill --signal=KILL wsl-interop-restore");
-                    within(5 * SOON, || {
-                        let now = pid();
-                        ensure!(now != before && now != "0\n", "{before} is {now}");
-                        Ok(())
-                    })?;
-                }
-                guarded(vm, &mine)?;
-                vm.write("status", "-1")?;
-                within(SOON, || served(vm))?;
-                within(2 * SOON, || alone(vm))?;
-                stops_without_harm(vm, mine)
-            })
-        },
-    ),
-    (
-        "by hand: a container with an /init of its own, and no mark",
-        |vm| {
-            let container = vm
-                .distro("container", "trixie")
-                .generator(true)
-                .without_init()
-                .program("/init", "not WSL's")
-                .environment(&[])
-                .boot()?;
-            let emitted = container.run("ls /run/systemd/generator.early 2>/dev/null");
-            ensure!(!emitted.contains("wsl"), "{emitted}");
-            // Its own systemd has wiped the table.
-            let said = container.run("wsl-binfmt restore");
-            ensure!(said.contains("/init"), "{said}");
-            ensure!(vm.entry("WSLInterop") == "missing");
-            Ok(())
-        },
-    ),
+    ("by hand: a watcher that is killed nine times comes back", |vm| {
+        everywhere(vm, |vm, distro| {
+            let mine = distro.boot()?;
+            let pid = || mine.run("systemctl show --property=MainPID --value wsl-interop-restore");
+            for _ in 0..9 {
+                let before = pid();
+                mine.run("systemctl kill --signal=KILL wsl-interop-restore");
+                within(5 * SOON, || {
+                    let now = pid();
+                    ensure!(now != before && now != "0\n", "{before} is {now}");
+                    Ok(())
+                })?;
+            }
+            guarded(vm, &mine)?;
+            vm.write("status", "-1")?;
+            within(SOON, || served(vm))?;
+            within(2 * SOON, || alone(vm))?;
+            stops_without_harm(vm, mine)
+        })
+    }),
+    ("by hand: a container with an /init of its own, and no mark", |vm| {
+        let container = vm
+            .distro("container", "trixie")
+            .generator(true)
+            .without_init()
+            .program("/init", "not WSL's")
+            .environment(&[])
+            .boot()?;
+        let emitted = container.run("ls /run/systemd/generator.early 2>/dev/null");
+        ensure!(!emitted.contains("wsl"), "{emitted}");
+        // Its own systemd has wiped the table.
+        let said = container.run("wsl-binfmt restore");
+        ensure!(said.contains("/init"), "{said}");
+        ensure!(vm.entry("WSLInterop") == "missing");
+        Ok(())
+    }),
     ("by hand: rivals that nobody can read are ahead", |vm| {
         everywhere(vm, |vm, distro| {
             let mine = distro.boot()?;
@@ -183,9 +170,7 @@ pub const BY_HAND: &[Test] = &[
             let identity = vm.entry_identity("WSLInterop")?;
             thread::sleep(2 * SOON);
             ensure!(vm.entry_identity("WSLInterop")? == identity, "a fight");
-            mine.run(&format!(
-                "for rival in {TABLE}/riv* {TABLE}/other; do echo -1 >$rival; done"
-            ));
+            mine.run(&format!("for rival in {TABLE}/riv* {TABLE}/other; do echo -1 >$rival; done"));
             stops_without_harm(vm, mine)
         })
     }),
@@ -211,11 +196,7 @@ fn for_every_service<'vm>(distro: Builder<'vm>, setting: &str) -> Builder<'vm> {
 fn guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
     table_is_guarded(vm, mine)?;
     let failed = mine.run("systemctl --failed --plain --no-legend");
-    ensure!(
-        state(mine) == RUNNING && failed.is_empty(),
-        "{}\n{failed}",
-        state(mine)
-    );
+    ensure!(state(mine) == RUNNING && failed.is_empty(), "{}\n{failed}", state(mine));
     Ok(())
 }
 

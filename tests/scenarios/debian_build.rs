@@ -11,22 +11,13 @@ use crate::ours::{extent, project};
 
 /// What is seen of the package where it was built.
 pub const DEBIAN_BUILD: &[Check] = &[
-    (
-        "the Debian package is built offline, with the oldest supported Rust",
-        built_offline,
-    ),
-    (
-        "the Debian package is one that lintian has nothing to say of",
-        |package| {
-            let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
-            assert_eq!(package.run(lintian)?, "");
-            Ok(())
-        },
-    ),
-    (
-        "the Debian package is cross-built for the other architecture of WSL",
-        cross_built,
-    ),
+    ("the Debian package is built offline, with the oldest supported Rust", built_offline),
+    ("the Debian package is one that lintian has nothing to say of", |package| {
+        let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
+        assert_eq!(package.run(lintian)?, "");
+        Ok(())
+    }),
+    ("the Debian package is cross-built for the other architecture of WSL", cross_built),
 ];
 
 /// A name, and what to look at.
@@ -40,15 +31,9 @@ fn built_offline(package: &DebianPackage) -> anyhow::Result<()> {
         .context("Cargo.toml has no rust-version")?
         .trim_matches('"');
     let version = package.run("rustc --version")?;
-    ensure!(
-        version.starts_with(&format!("rustc {claimed}.")),
-        "{version}"
-    );
+    ensure!(version.starts_with(&format!("rustc {claimed}.")), "{version}");
     let control = fs::read_to_string(project().join("packaging/debian/control"))?;
-    ensure!(
-        control.contains(&format!(" rustc:native (>= {claimed}),\n")),
-        "{control}"
-    );
+    ensure!(control.contains(&format!(" rustc:native (>= {claimed}),\n")), "{control}");
     let changelog = fs::read_to_string(project().join("packaging/debian/changelog"))?;
     let expected = concat!("wsl-binfmt-generator (", env!("CARGO_PKG_VERSION"), "-1) ");
     ensure!(changelog.starts_with(expected), "{changelog}");

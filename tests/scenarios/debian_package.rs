@@ -23,13 +23,8 @@ const TRACES: &str = "find / -xdev -not -path '/proc/*' -not -path '/var/*' \
 
 /// Tests with the package; those who run them build it first.
 pub const DEBIAN_PACKAGE: &[Test] = &[
-    (
-        "the Debian package takes effect and goes without a trace",
-        |vm| live(vm, Generation::None),
-    ),
-    ("the Debian package beside WSL's own lock", |vm| {
-        live(vm, Generation::Lock)
-    }),
+    ("the Debian package takes effect and goes without a trace", |vm| live(vm, Generation::None)),
+    ("the Debian package beside WSL's own lock", |vm| live(vm, Generation::Lock)),
     ("the Debian package where it is not WSL", |vm| {
         let mine = vm.distro("mine", "trixie").bring_debian_package()?;
         let mine = mine.osrelease("6.12.0-amd64");
@@ -39,17 +34,13 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
         ensure!(!emitted.contains("interop"), "{emitted}");
         dpkg(&mine, "--purge wsl-binfmt-generator")
     }),
-    (
-        "the Debian package protects the first session whole",
-        first_sessions,
-    ),
+    ("the Debian package protects the first session whole", first_sessions),
     ("the Debian package takes no rule from a stock peer", |vm| {
         beside_a_peer(vm, Generation::None)
     }),
-    (
-        "the Debian package takes no rule from a stock peer under WSL's own lock",
-        |vm| beside_a_peer(vm, Generation::Lock),
-    ),
+    ("the Debian package takes no rule from a stock peer under WSL's own lock", |vm| {
+        beside_a_peer(vm, Generation::Lock)
+    }),
     ("the Debian package takes over from 0.1.0", |vm| {
         let mine = with_rules(vm, "mine", "OF-MINE", true)?.boot()?;
         // What that wrote down was another file, and it had neither a watcher of this kind nor a
@@ -72,20 +63,15 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
             let mine = with_rules(vm, name, "OF-MINE", false)?;
             let units = "systemd-binfmt.service binfmt-support.service";
             let mine = match before {
-                true => mine
-                    .masked("systemd-binfmt.service")
-                    .masked("binfmt-support.service"),
+                true => mine.masked("systemd-binfmt.service").masked("binfmt-support.service"),
                 false => mine,
             };
             let mine = mine.boot()?;
             if !before {
                 mine.run(&format!("systemctl mask {units}"));
             }
-            let seen = || {
-                mine.run(&format!(
-                    "systemctl show -P ActiveState -P InvocationID {units}"
-                ))
-            };
+            let seen =
+                || mine.run(&format!("systemctl show -P ActiveState -P InvocationID {units}"));
             let were = seen();
             install(&mine, "package")?;
             ensure!(seen() == were, "{name}: {}, not {were}", seen());
@@ -96,52 +82,39 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
         }
         Ok(())
     }),
-    (
-        "the Debian package keeps to its own system",
-        keeps_to_its_own_system,
-    ),
-    (
-        "the Debian package stays whole if it cannot be removed",
-        |vm| {
-            let mine = protected(vm)?;
-            let before = Standing::of(&mine);
-            let said = mine.run(
-                "prerm=/var/lib/dpkg/info/wsl-binfmt-generator.prerm
+    ("the Debian package keeps to its own system", keeps_to_its_own_system),
+    ("the Debian package stays whole if it cannot be removed", |vm| {
+        let mine = protected(vm)?;
+        let before = Standing::of(&mine);
+        let said = mine.run(
+            "prerm=/var/lib/dpkg/info/wsl-binfmt-generator.prerm
             [ -e $prerm ] || printf '#!/bin/sh\\n' >$prerm
             echo 'exit 1' >>$prerm; chmod +x $prerm
             dpkg --remove wsl-binfmt-generator",
-            );
-            ensure!(said.contains("exit status 1"), "{said}");
-            before.still_stands(&mine)
-        },
-    ),
-    (
-        "the Debian package goes, and another copy is in charge",
-        |vm| {
-            let mine = protected(vm)?;
-            let own = "/usr/local/lib/systemd/system-generators";
-            mine.run(&format!(
-                "mkdir -p {own}; cp /usr/lib/systemd/system-generators/wsl-binfmt-generator {own}"
-            ));
-            dpkg(&mine, "--purge wsl-binfmt-generator")?;
-            let exe =
-                mine.run("readlink /proc/$(systemctl show -P MainPID wsl-interop-restore)/exe");
-            ensure!(
-                exe.ends_with(&format!("{own}/wsl-binfmt-generator\n")),
-                "{exe}"
-            );
-            let guard = mine.run("systemctl is-active wsl-binfmt-guard");
-            ensure!(guard == "active\n", "{guard}");
-            vm.write("status", "-1")?;
-            within(SOON, || {
-                let missing = |name: &&str| vm.entry(name) == "missing";
-                ensure!(!NAMES.iter().any(missing), "{:?}", vm.entries());
-                Ok(())
-            })?;
-            restart(&mine)?;
-            is_protected_whole(vm, mine)
-        },
-    ),
+        );
+        ensure!(said.contains("exit status 1"), "{said}");
+        before.still_stands(&mine)
+    }),
+    ("the Debian package goes, and another copy is in charge", |vm| {
+        let mine = protected(vm)?;
+        let own = "/usr/local/lib/systemd/system-generators";
+        mine.run(&format!(
+            "mkdir -p {own}; cp /usr/lib/systemd/system-generators/wsl-binfmt-generator {own}"
+        ));
+        dpkg(&mine, "--purge wsl-binfmt-generator")?;
+        let exe = mine.run("readlink /proc/$(systemctl show -P MainPID wsl-interop-restore)/exe");
+        ensure!(exe.ends_with(&format!("{own}/wsl-binfmt-generator\n")), "{exe}");
+        let guard = mine.run("systemctl is-active wsl-binfmt-guard");
+        ensure!(guard == "active\n", "{guard}");
+        vm.write("status", "-1")?;
+        within(SOON, || {
+            let missing = |name: &&str| vm.entry(name) == "missing";
+            ensure!(!NAMES.iter().any(missing), "{:?}", vm.entries());
+            Ok(())
+        })?;
+        restart(&mine)?;
+        is_protected_whole(vm, mine)
+    }),
 ];
 
 /// A distro with the package, which is installed while it runs.
@@ -193,27 +166,16 @@ fn keeps_to_its_own_system(vm: &Vm) -> anyhow::Result<()> {
     for (prepare, how) in [
         ("", "dpkg --root=/srv/tree"),
         ("", "dpkg --root=/srv/tree --force-script-chrootless"),
-        (
-            "",
-            "unshare --mount --pid --fork --mount-proc=/srv/tree/proc chroot /srv/tree dpkg",
-        ),
-        (
-            "mount --rbind --make-rslave /proc /srv/tree/proc",
-            "chroot /srv/tree dpkg",
-        ),
+        ("", "unshare --mount --pid --fork --mount-proc=/srv/tree/proc chroot /srv/tree dpkg"),
+        ("mount --rbind --make-rslave /proc /srv/tree/proc", "chroot /srv/tree dpkg"),
         ("", "SYSTEMD_OFFLINE=1 dpkg"),
         (policy, "dpkg"),
     ] {
         mine.run(prepare);
-        for what in [
-            "--purge wsl-binfmt-generator",
-            "--install /var/package/*.deb",
-        ] {
+        for what in ["--purge wsl-binfmt-generator", "--install /var/package/*.deb"] {
             let said = mine.run(&format!("{how} {what} && echo done"));
             ensure!(said.ends_with("done\n"), "{how} {what}: {said}");
-            before
-                .still_stands(&mine)
-                .with_context(|| format!("{how} {what}"))?;
+            before.still_stands(&mine).with_context(|| format!("{how} {what}"))?;
         }
     }
     is_protected_whole(vm, mine)
@@ -302,11 +264,7 @@ fn beside_a_peer(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
         let ran = run_in(&mine, "OWNFMT");
         ensure!(ran.starts_with("OF-MINE"), "{suffix}, installed: {ran}");
         mine.poweroff()?;
-        for (magic, whose) in [
-            ("OWNFMT", "OF-PEER"),
-            ("SUPPORT", "OF-PEER"),
-            ("PLAIN", "PLAIN"),
-        ] {
+        for (magic, whose) in [("OWNFMT", "OF-PEER"), ("SUPPORT", "OF-PEER"), ("PLAIN", "PLAIN")] {
             let ran = run_in(&peer, magic);
             ensure!(ran.starts_with(whose), "{suffix}, {magic} run by {ran:?}");
         }
@@ -319,18 +277,14 @@ fn beside_a_peer(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
 
 /// What comes of running a file with that magic in a distro.
 fn run_in(distro: &Distro, magic: &str) -> String {
-    distro.run(&format!(
-        "printf {magic} >/run/file; chmod +x /run/file; /run/file"
-    ))
+    distro.run(&format!("printf {magic} >/run/file; chmod +x /run/file; /run/file"))
 }
 
 /// Installs, upgrades, removes and purges it, with launches all the time.
 fn live(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
     let mine = vm.distro("mine", "trixie").bring_debian_package()?;
-    let mine = mine
-        .generation(generation)
-        .file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"))
-        .boot()?;
+    let mine =
+        mine.generation(generation).file("/etc/binfmt.d/test.conf", &format!("{RULE}\n")).boot()?;
     let before = Seen::of(vm, &mine);
     vm.renew_interop()?;
 
@@ -398,10 +352,7 @@ fn dpkg(distro: &Distro, what: &str) -> anyhow::Result<()> {
     let said = distro.run(&format!("dpkg {what} && echo done"));
     let complaints = ["warning", "error", "Failed", "failed", "ignoring"];
     ensure!(said.ends_with("done\n"), "dpkg {what}: {said}");
-    ensure!(
-        !complaints.iter().any(|c| said.contains(c)),
-        "dpkg {what}: {said}"
-    );
+    ensure!(!complaints.iter().any(|c| said.contains(c)), "dpkg {what}: {said}");
     Ok(())
 }
 

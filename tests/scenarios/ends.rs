@@ -10,12 +10,8 @@ use crate::stand_in::RUNNING;
 pub const ENDS: &[Scenario] = &[Scenario {
     name: "distros that WSL terminates",
     play: |setting| {
-        let mut play = Play {
-            setting,
-            peer: setting.peer().boot()?,
-            seen: Vec::new(),
-            failed_launches: 0,
-        };
+        let mut play =
+            Play { setting, peer: setting.peer().boot()?, seen: Vec::new(), failed_launches: 0 };
         for generation in Generation::ALL {
             play.life(generation)?;
         }
@@ -128,9 +124,7 @@ impl<'s> Play<'s> {
             None => "runs nothing".to_owned(),
         };
         let (name, exe) = (generation.name(), self.peer.launch());
-        self.seen.push(format!(
-            "{name}, {what}: .exe in the peer {exe}; its rule {rule}"
-        ));
+        self.seen.push(format!("{name}, {what}: .exe in the peer {exe}; its rule {rule}"));
         result
     }
 }

@@ -81,9 +81,7 @@ pub const FAULTS: &[Test] = &[
             kept(vm)
         })
     }),
-    ("faults: release", |vm| {
-        each(vm, &["release"], &started, |vm, _| kept(vm))
-    }),
+    ("faults: release", |vm| each(vm, &["release"], &started, |vm, _| kept(vm))),
     ("faults: started systemd-binfmt", |vm| {
         let before = |vm: &Vm| {
             registered(vm)?;
@@ -91,10 +89,7 @@ pub const FAULTS: &[Test] = &[
             vm.register(":old:M::OLD::/bin/cat:F")?;
             let [old, testfmt] = ["old", "testfmt"].map(|name| vm.entry_identity(name));
             let rule = FORMATS[1];
-            write(
-                RECORD,
-                &format!("{} - :old:\n{} - {rule}\n", old?, testfmt?),
-            )
+            write(RECORD, &format!("{} - :old:\n{} - {rule}\n", old?, testfmt?))
         };
         let verb = ["started", "systemd-binfmt"];
         each(vm, &verb, &before, |vm, said| {
@@ -103,34 +98,26 @@ pub const FAULTS: &[Test] = &[
             recorded(said, &["testfmt", "plain", "shared"], &["old", "testfmt"])
         })
     }),
-    (
-        "faults: started systemd-binfmt, with nothing for Windows programs",
-        |vm| {
-            let before = |vm: &Vm| {
-                registered(vm)?;
-                vm.write("WSLInterop", "-1")
-            };
-            let verb = ["started", "systemd-binfmt"];
-            each(vm, &verb, &before, |_, said| {
-                recorded(said, &["testfmt", "plain", "shared"], &[])
-            })
-        },
-    ),
+    ("faults: started systemd-binfmt, with nothing for Windows programs", |vm| {
+        let before = |vm: &Vm| {
+            registered(vm)?;
+            vm.write("WSLInterop", "-1")
+        };
+        let verb = ["started", "systemd-binfmt"];
+        each(vm, &verb, &before, |_, said| recorded(said, &["testfmt", "plain", "shared"], &[]))
+    }),
     ("faults: stopped systemd-binfmt", |vm| {
         let verb = ["SERVICE_RESULT=success", "stopped", "systemd-binfmt"];
         each(vm, &verb, &started, |vm, _| kept(vm))
     }),
-    (
-        "faults: stopped systemd-binfmt, after a start that failed",
-        |vm| {
-            let verb = ["SERVICE_RESULT=exit-code", "stopped", "systemd-binfmt"];
-            each(vm, &verb, &registered, |vm, said| {
-                kept(vm)?;
-                ensure!(vm.entry("testfmt") != "missing", "an own entry is gone");
-                recorded(said, &["testfmt", "plain", "shared"], &[])
-            })
-        },
-    ),
+    ("faults: stopped systemd-binfmt, after a start that failed", |vm| {
+        let verb = ["SERVICE_RESULT=exit-code", "stopped", "systemd-binfmt"];
+        each(vm, &verb, &registered, |vm, said| {
+            kept(vm)?;
+            ensure!(vm.entry("testfmt") != "missing", "an own entry is gone");
+            recorded(said, &["testfmt", "plain", "shared"], &[])
+        })
+    }),
     ("faults: status of a distro without the entry", status),
 ];
 
@@ -183,10 +170,7 @@ fn recorded(said: &str, all: &[&str], before: &[&str]) -> anyhow::Result<()> {
     let names: Vec<String> = text.lines().map(name).collect();
     let known = |name: &String| all.contains(&&**name) || before.contains(&&**name);
     let part = says_why(said) && names.iter().all(known);
-    ensure!(
-        names == all || names == before || part,
-        "'{said}', and remembered is {text:?}"
-    );
+    ensure!(names == all || names == before || part, "'{said}', and remembered is {text:?}");
     Ok(())
 }
 
@@ -240,10 +224,8 @@ const FORMATS: &[&str] = &[
 /// All that a verb may have changed, but for numbers of inodes.
 fn state(vm: &Vm) -> anyhow::Result<String> {
     let names = vm.entries_in_order();
-    let mut lines: Vec<_> = names
-        .iter()
-        .map(|name| format!("{name}: {}", vm.entry(name)))
-        .collect();
+    let mut lines: Vec<_> =
+        names.iter().map(|name| format!("{name}: {}", vm.entry(name))).collect();
     lines.push(format!("status: {}", vm.read("status")?.trim()));
     for path in [STATUS, GUARD_FILE] {
         lines.push(format!("{path}: {} mounts", vm.mounts_on(path)?));
@@ -270,9 +252,8 @@ fn state(vm: &Vm) -> anyhow::Result<String> {
             if path.is_file() && !path.to_string_lossy().ends_with(".unfinished") {
                 let text = fs::read_to_string(&path)?;
                 let words = text.split_inclusive([' ', '\n']);
-                let text: String = words
-                    .map(|word| word.replace(word.trim(), &named(word.trim())))
-                    .collect();
+                let text: String =
+                    words.map(|word| word.replace(word.trim(), &named(word.trim()))).collect();
                 lines.push(format!("{}: {text}", path.display()));
             }
         }
@@ -314,28 +295,15 @@ fn each(
         let output = fault.put_into(&program()).output()?;
         let said = check(fault, &output)?;
         if started {
-            ensure!(
-                vm.launch() == "starts",
-                "{said}; then {}: {}",
-                vm.launch(),
-                state(vm)?
-            );
+            ensure!(vm.launch() == "starts", "{said}; then {}: {}", vm.launch(), state(vm)?);
         }
         sound(vm, &said).with_context(|| format!("{said}; then"))?;
         if output.status.success() {
-            ensure!(
-                state(vm)? == right,
-                "'{said}', exit status 0, and {}",
-                state(vm)?
-            );
+            ensure!(state(vm)? == right, "'{said}', exit status 0, and {}", state(vm)?);
         }
         let output = program().output()?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success(),
-            "the next run: {}: {said}",
-            output.status
-        );
+        ensure!(output.status.success(), "the next run: {}: {said}", output.status);
         ensure!(state(vm)? == right, "the next run leaves {}", state(vm)?);
         Ok(())
     });
@@ -368,9 +336,7 @@ fn says_why(said: &str) -> bool {
 fn watch(vm: &Vm, part: usize) -> anyhow::Result<()> {
     vm.mount_tmpfs("/run", "1m")?;
     let mut program = vm.generator();
-    program
-        .args(["restore", "--watch"])
-        .env("NOTIFY_SOCKET", "/vm/notify");
+    program.args(["restore", "--watch"]).env("NOTIFY_SOCKET", "/vm/notify");
     vm.renew_interop()?;
     let watched = Watched::start(strace::traced(&program, &[], Path::new(LOG)))?;
     ensure!(watched.ready, "{}", watched.end()?.1);
@@ -398,15 +364,8 @@ fn watch(vm: &Vm, part: usize) -> anyhow::Result<()> {
         });
         let (status, said) = watched.end()?;
         ensure!(!said.contains("panicked"), "{said}");
-        ensure!(
-            served && healed,
-            "{status}: '{said}', and the table is {:?}",
-            vm.entries()
-        );
-        ensure!(
-            !is_served || launch == "starts",
-            "{status}: '{said}', and later: {launch}"
-        );
+        ensure!(served && healed, "{status}: '{said}', and the table is {:?}", vm.entries());
+        ensure!(!is_served || launch == "starts", "{status}: '{said}', and later: {launch}");
         if alone(vm).is_err() && !fault.kills {
             ensure!(status.code() == Some(1), "{status}: {said}");
             ensure!(says_why(&said), "'{said}', and {status}");
@@ -447,13 +406,8 @@ impl Watched {
         let socket = UnixDatagram::bind("/vm/notify")?;
         socket.set_nonblocking(true)?;
         let strace = command.stderr(Stdio::piped()).spawn()?;
-        let mut watched = Watched {
-            strace,
-            ready: false,
-        };
-        within(Duration::from_secs(5), || {
-            socket.recv(&mut [0; 64]).is_ok() || watched.has_ended()
-        });
+        let mut watched = Watched { strace, ready: false };
+        within(Duration::from_secs(5), || socket.recv(&mut [0; 64]).is_ok() || watched.has_ended());
         watched.ready = !watched.has_ended();
         Ok(watched)
     }
@@ -472,16 +426,10 @@ impl Watched {
     /// Stops it as systemd does. How it ended, and what it has said.
     fn end(self) -> anyhow::Result<(std::process::ExitStatus, String)> {
         if let Some(pid) = self.process() {
-            Command::new("kill")
-                .arg(pid)
-                .stderr(Stdio::null())
-                .status()?;
+            Command::new("kill").arg(pid).stderr(Stdio::null()).status()?;
         }
         let output = self.strace.wait_with_output()?;
-        Ok((
-            output.status,
-            String::from_utf8_lossy(&output.stderr).into_owned(),
-        ))
+        Ok((output.status, String::from_utf8_lossy(&output.stderr).into_owned()))
     }
 }
 

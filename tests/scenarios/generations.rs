@@ -23,26 +23,14 @@ fn play(setting: &Setting, generation: Generation) -> anyhow::Result<Vec<String>
 }
 
 pub const SCENARIOS: &[Scenario] = &[
-    scenario(
-        "WSL that does nothing for interop",
-        |setting| play(setting, Generation::None),
-        NONE,
-    ),
-    scenario(
-        "WSL with a one-shot unit",
-        |setting| play(setting, Generation::Oneshot),
-        ONESHOT,
-    ),
+    scenario("WSL that does nothing for interop", |setting| play(setting, Generation::None), NONE),
+    scenario("WSL with a one-shot unit", |setting| play(setting, Generation::Oneshot), ONESHOT),
     scenario(
         "WSL with drop-ins for a second entry",
         |setting| play(setting, Generation::DropinLate),
         DROPIN_LATE,
     ),
-    scenario(
-        "WSL with drop-ins",
-        |setting| play(setting, Generation::Dropin),
-        DROPIN,
-    ),
+    scenario("WSL with drop-ins", |setting| play(setting, Generation::Dropin), DROPIN),
     Scenario {
         name: "WSL with drop-ins, told not to protect",
         play: |setting| {
@@ -65,10 +53,8 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "WSL with a cgroup for each distro",
         play: |setting| {
             let mine = setting.mine().nested_cgroup().boot()?;
-            let mut seen = vec![
-                mine.run("grep ^0: /proc/1/cgroup").trim().to_owned(),
-                setting.exe("at boot"),
-            ];
+            let mut seen =
+                vec![mine.run("grep ^0: /proc/1/cgroup").trim().to_owned(), setting.exe("at boot")];
             for command in ["restart systemd-binfmt", "daemon-reload"] {
                 setting.vm.renew_interop()?;
                 mine.run(&format!("systemctl {command}"));
@@ -97,18 +83,12 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// For systemd since 250: what it cannot flush makes it fail.
-pub const LOCK: &[Scenario] = &[scenario(
-    "WSL with a lock",
-    |setting| play(setting, Generation::Lock),
-    LOCKED,
-)];
+pub const LOCK: &[Scenario] =
+    &[scenario("WSL with a lock", |setting| play(setting, Generation::Lock), LOCKED)];
 
 /// For systemd before 250: it fails only when stopped.
-pub const LOCK_BEFORE_250: &[Scenario] = &[scenario(
-    "WSL with a lock",
-    |setting| play(setting, Generation::Lock),
-    LOCKED_BEFORE_250,
-)];
+pub const LOCK_BEFORE_250: &[Scenario] =
+    &[scenario("WSL with a lock", |setting| play(setting, Generation::Lock), LOCKED_BEFORE_250)];
 
 const NONE: &[&str] = &[
     "boot: .exe Exec format error; testfmt F; active, running",

@@ -7,13 +7,10 @@ use crate::ours::Run;
 use crate::verbs::Test;
 
 pub const IN_THE_IMAGE: &[Test] = &[
-    ("documents: what README.md runs in the image", |vm| {
-        run(vm, "README.md")
+    ("documents: what README.md runs in the image", |vm| run(vm, "README.md")),
+    ("documents: what image-maintainers.md runs in the image", |vm| {
+        run(vm, "docs/image-maintainers.md")
     }),
-    (
-        "documents: what image-maintainers.md runs in the image",
-        |vm| run(vm, "docs/image-maintainers.md"),
-    ),
 ];
 
 fn run(vm: &Vm, document: &str) -> anyhow::Result<()> {

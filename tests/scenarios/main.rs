@@ -92,10 +92,8 @@ const LONG: &[&str] = &[
 ];
 
 /// Those that measure time, or make the machine busy.
-const ALONE: &[&str] = &[
-    "status: as quick as it can be",
-    "status: says the same on a busy machine",
-];
+const ALONE: &[&str] =
+    &["status: as quick as it can be", "status: says the same on a busy machine"];
 
 /// The Debian package. It takes a minute to build, which the first test that needs it does.
 fn package() -> anyhow::Result<Arc<DebianPackage>> {
@@ -210,9 +208,7 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
     assert!(listed.is_empty(), "{listed:?}?");
     let all = trials.len();
     let numbered = trials.into_iter().enumerate();
-    numbered
-        .map(|(at, trial)| trial.with_kind(format!("{} of {all}", at + 1)))
-        .collect()
+    numbered.map(|(at, trial)| trial.with_kind(format!("{} of {all}", at + 1))).collect()
 }
 
 type Check = Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>;

@@ -9,15 +9,9 @@ use crate::verbs::Test;
 
 /// The other generations, and systemd 252: `cargo run --example matrix`.
 pub const NEIGHBOURS: &[Test] = &[
-    ("neighbours: WSL that does nothing for interop", |vm| {
-        play(vm, Generation::None)
-    }),
-    ("neighbours: WSL with drop-ins", |vm| {
-        play(vm, Generation::Dropin)
-    }),
-    ("neighbours: WSL with a lock", |vm| {
-        play(vm, Generation::Lock)
-    }),
+    ("neighbours: WSL that does nothing for interop", |vm| play(vm, Generation::None)),
+    ("neighbours: WSL with drop-ins", |vm| play(vm, Generation::Dropin)),
+    ("neighbours: WSL with a lock", |vm| play(vm, Generation::Lock)),
 ];
 
 /// All four in one VM.
@@ -28,11 +22,7 @@ fn play(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
         let life = Beside::lead(vm, "trixie", generation, ours, true)?;
         let whose = if ours { "ours" } else { "stock" };
         let worse = life.worse_than(&control);
-        faults.extend(
-            worse
-                .iter()
-                .map(|what| format!("{whose}, beside ours: {what}")),
-        );
+        faults.extend(worse.iter().map(|what| format!("{whose}, beside ours: {what}")));
         if ours {
             faults.extend(broken(&life));
         }
@@ -64,11 +54,7 @@ fn broken(life: &Beside) -> Vec<String> {
         if event.act == Act::Poweroff && !on && event.runs == "own" {
             faults.push("its rule with F is left");
         }
-        broken.extend(
-            faults
-                .iter()
-                .map(|fault| format!("both ours: {fault}: {event:?}")),
-        );
+        broken.extend(faults.iter().map(|fault| format!("both ours: {fault}: {event:?}")));
     }
     broken
 }

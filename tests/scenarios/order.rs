@@ -67,10 +67,7 @@ pub const ORDER: &[Test] = &[
         vm.register(WSL_INTEROP)?;
         let before = vm.entry_identity("WSLInterop")?;
         restore(vm)?;
-        ensure!(
-            vm.entry_identity("WSLInterop")? == before,
-            "registered anew"
-        );
+        ensure!(vm.entry_identity("WSLInterop")? == before, "registered anew");
         ensure!(vm.launch() == "starts", "{}", vm.launch());
         Ok(())
     }),
@@ -82,10 +79,7 @@ pub const ORDER: &[Test] = &[
         vm.register(":elf:M::ELF::/bin/echo:")?;
         vm.register(":py:E::py::/bin/echo:")?;
         restore(vm)?;
-        ensure!(
-            vm.entry_identity("WSLInterop")? == before,
-            "registered anew"
-        );
+        ensure!(vm.entry_identity("WSLInterop")? == before, "registered anew");
         Ok(())
     }),
     ("what takes only ordinary programs is a rival, too", |vm| {
@@ -112,31 +106,24 @@ pub const ORDER: &[Test] = &[
         ensure!(vm.launch() == "starts", "{}", vm.launch());
         Ok(())
     }),
-    (
-        "APE keeps its own files, wherever it was registered",
-        |vm| {
-            // Later than interop; then with a rival on top, earlier, and earlier than that rival.
-            vm.register(APE)?;
-            restore(vm)?;
-            ensure!(order(vm) == "APE WSLInterop", "{}", order(vm));
-            vm.register(RIVALS[0])?;
-            restore(vm)?;
-            ensure!(order(vm) == "APE WSLInterop cli", "{}", order(vm));
-            register_anew(vm)?;
-            ensure!(order(vm) == "WSLInterop APE cli", "{}", order(vm));
-            ensure!(launch_ape()?.starts_with("INTEROP"), "APE is not shadowed");
-            restore(vm)?;
-            ensure!(order(vm) == "APE WSLInterop cli", "{}", order(vm));
-            ensure!(launch_ape()? == "/vm/a.com\n", "{}", launch_ape()?);
-            ensure!(vm.launch() == "starts", "{}", vm.launch());
-            ensure!(
-                vm.read("APE")?.contains("magic 4d5a71467044\n"),
-                "{}",
-                vm.read("APE")?
-            );
-            Ok(())
-        },
-    ),
+    ("APE keeps its own files, wherever it was registered", |vm| {
+        // Later than interop; then with a rival on top, earlier, and earlier than that rival.
+        vm.register(APE)?;
+        restore(vm)?;
+        ensure!(order(vm) == "APE WSLInterop", "{}", order(vm));
+        vm.register(RIVALS[0])?;
+        restore(vm)?;
+        ensure!(order(vm) == "APE WSLInterop cli", "{}", order(vm));
+        register_anew(vm)?;
+        ensure!(order(vm) == "WSLInterop APE cli", "{}", order(vm));
+        ensure!(launch_ape()?.starts_with("INTEROP"), "APE is not shadowed");
+        restore(vm)?;
+        ensure!(order(vm) == "APE WSLInterop cli", "{}", order(vm));
+        ensure!(launch_ape()? == "/vm/a.com\n", "{}", launch_ape()?);
+        ensure!(vm.launch() == "starts", "{}", vm.launch());
+        ensure!(vm.read("APE")?.contains("magic 4d5a71467044\n"), "{}", vm.read("APE")?);
+        Ok(())
+    }),
     ("APE with a peer's interpreter is left where it is", |vm| {
         fs::copy("/vm/init", "/vm/theirs")?;
         vm.register(":APE:M::MZqFpD::/vm/theirs:F")?;
@@ -155,69 +142,53 @@ pub const ORDER: &[Test] = &[
             vm.write("rival", "-1")?;
         }
         let launches = hammer.stop();
-        ensure!(
-            launches.started > 500 && launches.failed == 0,
-            "{launches:?}"
-        );
+        ensure!(launches.started > 500 && launches.failed == 0, "{launches:?}");
         Ok(())
     }),
-    (
-        "a lost F is regained, and leaves no instant without an entry",
-        |vm| {
-            let hammer = vm.hammer();
-            for _ in 0..1000 {
-                // As another tool does it that knows of P only, but with no gap of its own.
-                vm.register(":tool:M::MZ::/init:P")?;
-                vm.write("WSLInterop", "-1")?;
-                vm.register(":WSLInterop:M::MZ::/init:P")?;
-                vm.write("tool", "-1")?;
-                restore(vm)?;
-                let entry = vm.entry("WSLInterop");
-                ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
-            }
-            let launches = hammer.stop();
-            ensure!(
-                launches.started > 500 && launches.failed == 0,
-                "{launches:?}"
-            );
-            Ok(())
-        },
-    ),
-    (
-        "the second entry of older WSL goes once the first stands",
-        |vm| {
+    ("a lost F is regained, and leaves no instant without an entry", |vm| {
+        let hammer = vm.hammer();
+        for _ in 0..1000 {
+            // As another tool does it that knows of P only, but with no gap of its own.
+            vm.register(":tool:M::MZ::/init:P")?;
             vm.write("WSLInterop", "-1")?;
-            vm.register(":WSLInterop-late:M::MZ::/init:P")?;
-            let hammer = vm.hammer();
+            vm.register(":WSLInterop:M::MZ::/init:P")?;
+            vm.write("tool", "-1")?;
             restore(vm)?;
-            let launches = hammer.stop();
-            ensure!(order(vm) == "WSLInterop", "{}", order(vm));
-            ensure!(launches.failed == 0, "{launches:?}");
-            Ok(())
-        },
-    ),
+            let entry = vm.entry("WSLInterop");
+            ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
+        }
+        let launches = hammer.stop();
+        ensure!(launches.started > 500 && launches.failed == 0, "{launches:?}");
+        Ok(())
+    }),
+    ("the second entry of older WSL goes once the first stands", |vm| {
+        vm.write("WSLInterop", "-1")?;
+        vm.register(":WSLInterop-late:M::MZ::/init:P")?;
+        let hammer = vm.hammer();
+        restore(vm)?;
+        let launches = hammer.stop();
+        ensure!(order(vm) == "WSLInterop", "{}", order(vm));
+        ensure!(launches.failed == 0, "{launches:?}");
+        Ok(())
+    }),
     ("what a killed restore left behind goes", |vm| {
         vm.register(":WSLInterop-next:M::MZ::/init:PF")?;
         restore(vm)?;
         ensure!(order(vm) == "WSLInterop", "{}", order(vm));
         Ok(())
     }),
-    (
-        "restores at the same time do not get into each other's way",
-        |vm| {
-            for _ in 0..20 {
-                vm.register(":cli:M::MZ::/bin/echo:")?;
-                let restores: Vec<_> = (0..10)
-                    .map(|_| vm.generator().arg("restore").spawn())
-                    .collect::<Result<_, _>>()?;
-                for mut restore in restores {
-                    let status = restore.wait()?;
-                    ensure!(status.success(), "{status}");
-                }
-                ensure!(order(vm) == "WSLInterop cli", "{}", order(vm));
-                vm.write("cli", "-1")?;
+    ("restores at the same time do not get into each other's way", |vm| {
+        for _ in 0..20 {
+            vm.register(":cli:M::MZ::/bin/echo:")?;
+            let restores: Vec<_> =
+                (0..10).map(|_| vm.generator().arg("restore").spawn()).collect::<Result<_, _>>()?;
+            for mut restore in restores {
+                let status = restore.wait()?;
+                ensure!(status.success(), "{status}");
             }
-            Ok(())
-        },
-    ),
+            ensure!(order(vm) == "WSLInterop cli", "{}", order(vm));
+            vm.write("cli", "-1")?;
+        }
+        Ok(())
+    }),
 ];

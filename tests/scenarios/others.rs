@@ -45,11 +45,7 @@ pub const OTHERS: &[Test] = &[
     ("others: a rule whose magic is too long to move it", |vm| {
         let magic = format!("MZq{}", "a".repeat(237));
         let mask = "\x7f".repeat(240);
-        immovable(
-            vm,
-            "longmagic",
-            &format!(":longmagic:M::{magic}:{mask}:/bin/echo:"),
-        )
+        immovable(vm, "longmagic", &format!(":longmagic:M::{magic}:{mask}:/bin/echo:"))
     }),
     ("others: instances of inotify are used up", |vm| {
         let mine = distro(vm).boot()?;
@@ -104,30 +100,25 @@ pub const OTHERS: &[Test] = &[
         ensure!(mounted.is_empty(), "{mounted}");
         protected(vm, mine)
     }),
-    (
-        "others: a killed watcher comes back, whatever the signal",
-        |vm| {
-            let mine = distro(vm).boot()?;
-            let pid = || mine.run("systemctl show --property=MainPID --value wsl-interop-restore");
-            // Rust's runtime takes no notice of the first SEGV that comes from kill(2).
-            for signal in ["KILL", "ABRT", "TERM", "HUP"] {
-                let before = pid();
-                mine.run(&format!(
-                    "systemctl kill --signal={signal} wsl-interop-restore"
-                ));
-                within(Duration::from_secs(5), || {
-                    let active = mine.run("systemctl is-active wsl-interop-restore");
-                    ensure!(active == "active\n", "{signal}: {active}");
-                    let now = pid();
-                    ensure!(now != before && now != "0\n", "{signal}: {before} is {now}");
-                    Ok(())
-                })?;
-                vm.write("status", "-1")?;
-                within(SOON, || alone(vm)).context(signal)?;
-            }
-            protected(vm, mine)
-        },
-    ),
+    ("others: a killed watcher comes back, whatever the signal", |vm| {
+        let mine = distro(vm).boot()?;
+        let pid = || mine.run("systemctl show --property=MainPID --value wsl-interop-restore");
+        // Rust's runtime takes no notice of the first SEGV that comes from kill(2).
+        for signal in ["KILL", "ABRT", "TERM", "HUP"] {
+            let before = pid();
+            mine.run(&format!("systemctl kill --signal={signal} wsl-interop-restore"));
+            within(Duration::from_secs(5), || {
+                let active = mine.run("systemctl is-active wsl-interop-restore");
+                ensure!(active == "active\n", "{signal}: {active}");
+                let now = pid();
+                ensure!(now != before && now != "0\n", "{signal}: {before} is {now}");
+                Ok(())
+            })?;
+            vm.write("status", "-1")?;
+            within(SOON, || alone(vm)).context(signal)?;
+        }
+        protected(vm, mine)
+    }),
     ("wsl.conf: protection is switched off while it runs", |vm| {
         let conf = "printf '[boot]\\nprotectBinfmt=false\\n' >/etc/wsl.conf";
         changed(vm, conf, RELEASED, next_start)
@@ -225,9 +216,7 @@ fn running(mine: &Distro) -> anyhow::Result<()> {
     ensure!(system == "running\n", "{system}");
     for unit in ["wsl-binfmt-guard", "wsl-interop-restore", "systemd-binfmt"] {
         let show = |property: &str| {
-            mine.run(&format!(
-                "systemctl show --property={property} --value {unit}"
-            ))
+            mine.run(&format!("systemctl show --property={property} --value {unit}"))
         };
         let (state, condition) = (show("ActiveState"), show("ConditionResult"));
         let skipped = (state.trim(), condition.trim()) == ("inactive", "no");

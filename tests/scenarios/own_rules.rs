@@ -60,28 +60,24 @@ pub const OWN_RULES: &[Test] = &[
         ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         Ok(())
     }),
-    (
-        "own rules: what is removed on purpose stays removed",
-        |vm| {
-            let mine = with_support(distro(vm, "mine", "OF-MINE")?).boot()?;
-            vm.write("plainfmt", "-1")?;
-            let removed =
-                mine.run("update-binfmts --package supportfmt --remove supportfmt /bin/cat");
-            ensure!(vm.entry("supportfmt") == "missing", "{removed}");
-            vm.register(":peerfmt:M::PEERFMT::/bin/cat:F")?;
-            thread::sleep(QUIET);
-            vm.write("status", "-1")?;
-            within(SOON, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
-            thread::sleep(QUIET);
-            missing(vm, &["plainfmt", "supportfmt", "peerfmt"])?;
+    ("own rules: what is removed on purpose stays removed", |vm| {
+        let mine = with_support(distro(vm, "mine", "OF-MINE")?).boot()?;
+        vm.write("plainfmt", "-1")?;
+        let removed = mine.run("update-binfmts --package supportfmt --remove supportfmt /bin/cat");
+        ensure!(vm.entry("supportfmt") == "missing", "{removed}");
+        vm.register(":peerfmt:M::PEERFMT::/bin/cat:F")?;
+        thread::sleep(QUIET);
+        vm.write("status", "-1")?;
+        within(SOON, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
+        thread::sleep(QUIET);
+        missing(vm, &["plainfmt", "supportfmt", "peerfmt"])?;
 
-            mine.run("systemctl stop systemd-binfmt");
-            vm.write("status", "-1")?;
-            within(SOON, || alone(vm))?;
-            thread::sleep(QUIET);
-            missing(vm, &["ownfmt", "plainfmt", "supportfmt", "peerfmt"])
-        },
-    ),
+        mine.run("systemctl stop systemd-binfmt");
+        vm.write("status", "-1")?;
+        within(SOON, || alone(vm))?;
+        thread::sleep(QUIET);
+        missing(vm, &["ownfmt", "plainfmt", "supportfmt", "peerfmt"])
+    }),
     ("own rules: from /home and /tmp, too", |vm| {
         let mine = distro(vm, "mine", "OF-MINE")?.boot()?;
         let done = mine.run(
@@ -106,9 +102,7 @@ pub const OWN_RULES: &[Test] = &[
     ("own rules: a lost interpreter is told, once", |vm| {
         program("mine", "/usr/local/bin/lost", "OF-LOST")?;
         let lost = ":lostfmt:M::LOSTFMT::/usr/local/bin/lost:F\n";
-        let mine = distro(vm, "mine", "OF-MINE")?
-            .file("/etc/binfmt.d/lost.conf", lost)
-            .boot()?;
+        let mine = distro(vm, "mine", "OF-MINE")?.file("/etc/binfmt.d/lost.conf", lost).boot()?;
         runs("LOSTFMT", "OF-LOST")?;
         mine.run("rm /usr/local/bin/lost");
         vm.write("status", "-1")?;
@@ -122,20 +116,17 @@ pub const OWN_RULES: &[Test] = &[
         ensure!(state(&mine) == RUNNING, "{}", state(&mine));
         Ok(())
     }),
-    (
-        "own rules: another distro's poweroff gives them back",
-        |vm| {
-            let first = distro(vm, "first", "OF-ONE")?.boot()?;
-            let second = distro(vm, "second", "OF-TWO")?.boot()?;
-            runs("OWNFMT", "OF-TWO").context("at boot")?;
-            second.poweroff()?;
-            within(SOON, || runs("OWNFMT", "OF-ONE")).context("after the poweroff")?;
-            within(SOON, || runs_plain(vm))?;
-            ensure!(state(&first) == RUNNING, "{}", state(&first));
-            first.poweroff()?;
-            nothing_is_pinned(vm)
-        },
-    ),
+    ("own rules: another distro's poweroff gives them back", |vm| {
+        let first = distro(vm, "first", "OF-ONE")?.boot()?;
+        let second = distro(vm, "second", "OF-TWO")?.boot()?;
+        runs("OWNFMT", "OF-TWO").context("at boot")?;
+        second.poweroff()?;
+        within(SOON, || runs("OWNFMT", "OF-ONE")).context("after the poweroff")?;
+        within(SOON, || runs_plain(vm))?;
+        ensure!(state(&first) == RUNNING, "{}", state(&first));
+        first.poweroff()?;
+        nothing_is_pinned(vm)
+    }),
     ("own rules: the first distro may go first", |vm| {
         let first = distro(vm, "first", "OF-ONE")?.boot()?;
         let second = distro(vm, "second", "OF-TWO")?.boot()?;
@@ -149,33 +140,30 @@ pub const OWN_RULES: &[Test] = &[
         second.poweroff()?;
         nothing_is_pinned(vm)
     }),
-    (
-        "own rules: one that was moved goes at poweroff, too",
-        |vm| {
-            put_on_a_disk(vm)?;
-            program("mine", "/usr/local/bin/ape", "OF-MINE")?;
-            let ape = ":APE:M::MZqFpD::/usr/local/bin/ape:F\n";
-            let mine = vm.distro("mine", "trixie").generator(true);
-            let mine = mine.file("/etc/binfmt.d/ape.conf", ape).boot()?;
-            let before = vm.entry_identity("APE")?;
-            vm.write("WSLInterop", "-1")?;
-            // The watcher may be quicker.
-            let _ = vm.register(WSL_INTEROP);
-            within(SOON, || {
-                let order = vm.entries_in_order();
-                let place = |name| order.iter().position(|n| n == name).context("missing");
-                ensure!(place("APE")? < place("WSLInterop")?, "{order:?}");
-                ensure!(vm.entry_identity("APE")? != before, "it was not moved");
-                alone(vm)
-            })?;
-            runs("MZqFpD='\n", "OF-MINE")?;
-            mine.poweroff()?;
-            nothing_is_pinned(vm)?;
-            let disk = disk_afterwards(vm)?;
-            ensure!(disk == "free, clean", "its disk: {disk}");
-            Ok(())
-        },
-    ),
+    ("own rules: one that was moved goes at poweroff, too", |vm| {
+        put_on_a_disk(vm)?;
+        program("mine", "/usr/local/bin/ape", "OF-MINE")?;
+        let ape = ":APE:M::MZqFpD::/usr/local/bin/ape:F\n";
+        let mine = vm.distro("mine", "trixie").generator(true);
+        let mine = mine.file("/etc/binfmt.d/ape.conf", ape).boot()?;
+        let before = vm.entry_identity("APE")?;
+        vm.write("WSLInterop", "-1")?;
+        // The watcher may be quicker.
+        let _ = vm.register(WSL_INTEROP);
+        within(SOON, || {
+            let order = vm.entries_in_order();
+            let place = |name| order.iter().position(|n| n == name).context("missing");
+            ensure!(place("APE")? < place("WSLInterop")?, "{order:?}");
+            ensure!(vm.entry_identity("APE")? != before, "it was not moved");
+            alone(vm)
+        })?;
+        runs("MZqFpD='\n", "OF-MINE")?;
+        mine.poweroff()?;
+        nothing_is_pinned(vm)?;
+        let disk = disk_afterwards(vm)?;
+        ensure!(disk == "free, clean", "its disk: {disk}");
+        Ok(())
+    }),
     ("own rules: a failed start makes no peer's its own", |vm| {
         let mine = distro(vm, "mine", "OF-MINE")?.boot()?;
         mine.run(
@@ -282,9 +270,7 @@ fn distro<'vm>(vm: &'vm Vm, name: &str, whose: &str) -> anyhow::Result<Builder<'
 /// With a format that binfmt-support registers at boot.
 fn with_support(distro: Builder) -> Builder {
     let format = "supportfmt\nmagic\n0\nSUPPORT\n\n/bin/cat\n\n\n\nyes\n";
-    distro
-        .file("/var/lib/binfmts/supportfmt", format)
-        .binfmt_support()
+    distro.file("/var/lib/binfmts/supportfmt", format).binfmt_support()
 }
 
 /// A program in a distro that is yet to be booted, which prints `whose`.
@@ -306,19 +292,13 @@ fn runs(magic: &str, whose: &str) -> anyhow::Result<()> {
     executable("/vm/file", magic.as_bytes())?;
     let output = Command::new("/vm/file").output()?;
     let printed = String::from_utf8_lossy(&output.stdout);
-    ensure!(
-        printed.starts_with(whose),
-        "run by {printed:?}, not {whose}"
-    );
+    ensure!(printed.starts_with(whose), "run by {printed:?}, not {whose}");
     Ok(())
 }
 
 fn runs_plain(vm: &Vm) -> anyhow::Result<()> {
     let entry = vm.entry("plainfmt");
-    ensure!(
-        entry == "enabled, interpreter /bin/cat, flags: ",
-        "plainfmt: {entry}"
-    );
+    ensure!(entry == "enabled, interpreter /bin/cat, flags: ", "plainfmt: {entry}");
     runs("PLAIN", "PLAIN")
 }
 
@@ -327,10 +307,7 @@ fn stand(vm: &Vm, whose: &str) -> anyhow::Result<()> {
     runs("OWNFMT", whose)?;
     runs_plain(vm)?;
     let entry = vm.entry("supportfmt");
-    ensure!(
-        entry == "enabled, interpreter /bin/cat, flags: F",
-        "supportfmt: {entry}"
-    );
+    ensure!(entry == "enabled, interpreter /bin/cat, flags: F", "supportfmt: {entry}");
     Ok(())
 }
 

@@ -20,20 +20,15 @@ pub const SCENARIOS: &[Scenario] = &[
         play: |setting| {
             let mine = without_binfmt_support(setting)?;
             let mut seen = foreign_program(&mine, "before");
-            for what in [
-                "install qemu-user-static",
-                "upgrade qemu-user-static",
-                "purge ^qemu-user",
-            ] {
+            for what in ["install qemu-user-static", "upgrade qemu-user-static", "purge ^qemu-user"]
+            {
                 let started = mine.run(STARTED);
                 let failed = some_failed(&under_hammer(setting, &mine, what)?);
                 let restarted = match mine.run(STARTED) == started {
                     true => "not restarted",
                     false => "restarted",
                 };
-                seen.push(format!(
-                    "{what}: systemd-binfmt {restarted}, failed launches: {failed}"
-                ));
+                seen.push(format!("{what}: systemd-binfmt {restarted}, failed launches: {failed}"));
                 if what.starts_with("upgrade") {
                     seen.extend(foreign_program(&mine, "now"));
                 }
@@ -227,13 +222,7 @@ fn foreign_program(mine: &Distro, when: &str) -> Vec<String> {
     };
     mine.run(&format!("mkdir -p /srv/chroot && cp {program} /srv/chroot"));
     vec![
-        format!(
-            "foreign program, {when}: {}",
-            run(&format!("env {program}"))
-        ),
-        format!(
-            "foreign program in a chroot, {when}: {}",
-            run("chroot /srv/chroot /busybox")
-        ),
+        format!("foreign program, {when}: {}", run(&format!("env {program}"))),
+        format!("foreign program in a chroot, {when}: {}", run("chroot /srv/chroot /busybox")),
     ]
 }

@@ -20,10 +20,7 @@ pub struct Scenario {
 /// What has to be seen.
 pub enum Expect {
     /// What is seen on a stock system, and what with us.
-    Differs {
-        stock: &'static [&'static str],
-        ours: &'static [&'static str],
-    },
+    Differs { stock: &'static [&'static str], ours: &'static [&'static str] },
     /// Where we have no business: the same with us.
     Same(&'static [&'static str]),
 }
@@ -51,11 +48,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "boot with rules in binfmt.d",
         play: |setting| {
             let mine = setting.mine().boot()?;
-            Ok(vec![
-                setting.exe("at boot"),
-                setting.entry("testfmt"),
-                state(&mine),
-            ])
+            Ok(vec![setting.exe("at boot"), setting.entry("testfmt"), state(&mine)])
         },
         expect: Expect::Differs {
             stock: &[
@@ -78,10 +71,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "daemon-reload, then restart",
         play: |setting| {
-            after(
-                setting,
-                "systemctl daemon-reload && systemctl restart systemd-binfmt",
-            )
+            after(setting, "systemctl daemon-reload && systemctl restart systemd-binfmt")
         },
         expect: LOST_OR_KEPT,
     },
@@ -111,10 +101,7 @@ pub const SCENARIOS: &[Scenario] = &[
         play: |setting| {
             let mine = setting
                 .mine()
-                .file(
-                    "/etc/binfmt.d/broken.conf",
-                    ":broken:M::BROKEN::/missing:F\n",
-                )
+                .file("/etc/binfmt.d/broken.conf", ":broken:M::BROKEN::/missing:F\n")
                 .boot()?;
             let at_boot = setting.exe("at boot");
             setting.vm.renew_interop()?;
@@ -159,11 +146,7 @@ pub const SCENARIOS: &[Scenario] = &[
             ])
         },
         expect: Expect::Differs {
-            stock: &[
-                "in the peer: does not start",
-                "WSLInterop: missing",
-                "peerfmt: missing",
-            ],
+            stock: &["in the peer: does not start", "WSLInterop: missing", "peerfmt: missing"],
             ours: &[
                 "in the peer: starts",
                 "WSLInterop: enabled, interpreter /init, flags: PF",
@@ -191,10 +174,7 @@ pub const SCENARIOS: &[Scenario] = &[
                 failed if failed * 10 > all * 9 => "nearly all".to_owned(),
                 failed => format!("{failed} of {all}"),
             };
-            Ok(vec![
-                restarted.trim().to_owned(),
-                format!("failed launches: {failed}"),
-            ])
+            Ok(vec![restarted.trim().to_owned(), format!("failed launches: {failed}")])
         },
         expect: Expect::Differs {
             stock: &["40 restarted", "failed launches: nearly all"],
@@ -209,11 +189,7 @@ pub const SCENARIOS: &[Scenario] = &[
             let mut seen = vec![setting.exe("at boot"), setting.settled()];
             setting.vm.write("status", "-1")?;
             mine.run("systemctl restart systemd-binfmt");
-            seen.extend([
-                setting.exe("after restart"),
-                setting.settled(),
-                state(&mine),
-            ]);
+            seen.extend([setting.exe("after restart"), setting.settled(), state(&mine)]);
             Ok(seen)
         },
         expect: Expect::Differs {
@@ -236,10 +212,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "interop switched off in wsl.conf",
         play: |setting| {
-            let mine = setting
-                .mine()
-                .file("/etc/wsl.conf", "[interop]\nenabled=false\n")
-                .boot()?;
+            let mine = setting.mine().file("/etc/wsl.conf", "[interop]\nenabled=false\n").boot()?;
             let at_boot = setting.entry("WSLInterop");
             setting.vm.renew_interop()?;
             setting.vm.write("WSLInterop", "-1")?;
@@ -251,11 +224,7 @@ pub const SCENARIOS: &[Scenario] = &[
         },
         // Peers keep their interop; nobody restores it for this distro.
         expect: Expect::Differs {
-            stock: &[
-                "WSLInterop: missing",
-                "WSLInterop: missing",
-                "WSLInterop: missing",
-            ],
+            stock: &["WSLInterop: missing", "WSLInterop: missing", "WSLInterop: missing"],
             ours: &[
                 "WSLInterop: enabled, interpreter /init, flags: PF",
                 "WSLInterop: missing",
@@ -277,10 +246,7 @@ pub const SCENARIOS: &[Scenario] = &[
             let seen = vec![
                 setting.exe("after restart"),
                 setting.entry("supportfmt"),
-                format!(
-                    "binfmt-support {}",
-                    mine.run("systemctl is-active binfmt-support").trim()
-                ),
+                format!("binfmt-support {}", mine.run("systemctl is-active binfmt-support").trim()),
             ];
             mine.poweroff()?;
             Ok([
@@ -360,11 +326,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "native Linux",
         play: |setting| {
-            let mine = setting
-                .mine()
-                .osrelease("6.1.0-13-amd64")
-                .environment(&[])
-                .without_init();
+            let mine = setting.mine().osrelease("6.1.0-13-amd64").environment(&[]).without_init();
             as_stock(setting, &mine.boot()?)
         },
         expect: Expect::Same(AS_STOCK),
@@ -384,9 +346,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "protection switched off in wsl.conf",
         play: |setting| {
-            let mine = setting
-                .mine()
-                .file("/etc/wsl.conf", "[boot]\nprotectBinfmt=false\n");
+            let mine = setting.mine().file("/etc/wsl.conf", "[boot]\nprotectBinfmt=false\n");
             as_stock(setting, &mine.boot()?)
         },
         expect: Expect::Same(AS_STOCK),
@@ -407,11 +367,7 @@ const AS_STOCK: &[&str] = &[
 fn as_stock(setting: &Setting, mine: &Distro) -> anyhow::Result<Vec<String>> {
     setting.vm.renew_interop()?;
     mine.run("systemctl daemon-reload; systemctl restart systemd-binfmt");
-    let mut seen = vec![
-        setting.exe("after restart"),
-        state(mine),
-        setting.entry("testfmt"),
-    ];
+    let mut seen = vec![setting.exe("after restart"), state(mine), setting.entry("testfmt")];
     let drop_ins =
         mine.run("systemctl show --property=DropInPaths --value systemd-binfmt binfmt-support");
     seen.push(format!("drop-ins: {}", drop_ins.trim()));
@@ -459,9 +415,7 @@ impl Setting<'_> {
 
     /// Another one, which does the table no harm, so that all harm comes from the first.
     pub fn peer(&self) -> Builder<'_> {
-        self.vm
-            .distro("peer", self.suite)
-            .masked("systemd-binfmt.service")
+        self.vm.distro("peer", self.suite).masked("systemd-binfmt.service")
     }
 
     pub fn exe(&self, when: &str) -> String {

@@ -17,100 +17,84 @@ use crate::stand_in::within;
 use crate::verbs::Test;
 
 pub const RACES: &[Test] = &[
-    (
-        "races: two distros and two programs restore a lost entry at once",
-        |vm| {
-            let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
-            let mut racers = Racers::of(vm, &[&mine, &peer])?;
-            for round in 0..rounds() {
-                vm.write("WSLInterop", "-1")?;
-                racers.start()?;
-                // A peer that does not know of our lock may register it, too: sooner or later.
-                thread::sleep(Duration::from_micros(u64::from(round % 50) * 40));
-                let _ = vm.register(WSL_INTEROP);
-                racers.next()?;
-                // It stands from the first one's end on.
-                loop {
-                    let launch = vm.launch();
-                    ensure!(launch == "starts", "round {round}: {launch}");
-                    if racers.have_all_ended()? {
-                        break;
-                    }
-                }
-                one_entry(vm, "").with_context(|| format!("round {round}"))?;
-            }
-            Ok(())
-        },
-    ),
-    (
-        "races: two distros and two programs restore flags and order at once",
-        |vm| {
-            let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
-            let mut racers = Racers::of(vm, &[&mine, &peer])?;
-            let hammer = vm.hammer();
-            for round in 0..rounds() {
-                // The hammer's program is not called so: only a missing entry keeps it from
-                // starting.
-                let rival = if round % 2 == 0 { "rival" } else { "" };
-                match rival {
-                    "" => lose_flags(vm)?,
-                    _ => vm.register(":rival:E::exe::/bin/echo:")?,
-                }
-                racers.start()?;
-                racers.finish()?;
-                one_entry(vm, rival).with_context(|| format!("round {round}"))?;
-                if !rival.is_empty() {
-                    vm.write(rival, "-1")?;
+    ("races: two distros and two programs restore a lost entry at once", |vm| {
+        let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
+        let mut racers = Racers::of(vm, &[&mine, &peer])?;
+        for round in 0..rounds() {
+            vm.write("WSLInterop", "-1")?;
+            racers.start()?;
+            // A peer that does not know of our lock may register it, too: sooner or later.
+            thread::sleep(Duration::from_micros(u64::from(round % 50) * 40));
+            let _ = vm.register(WSL_INTEROP);
+            racers.next()?;
+            // It stands from the first one's end on.
+            loop {
+                let launch = vm.launch();
+                ensure!(launch == "starts", "round {round}: {launch}");
+                if racers.have_all_ended()? {
+                    break;
                 }
             }
-            let launches = hammer.stop();
-            ensure!(
-                launches.started > rounds() / 2 && launches.failed == 0,
-                "{launches:?}"
-            );
-            Ok(())
-        },
-    ),
-    (
-        "races: systemd-binfmt restarts while interop is restored",
-        |vm| {
-            let (mine, peer) = (in_the_way(vm, "mine")?, in_the_way(vm, "peer")?);
-            vm.renew_interop()?;
-            let restart = |distro: &Distro| {
-                distro.shell(&on_each_line("systemctl restart systemd-binfmt 2>&1"))
-            };
-            let mut restarts = Racers::start_up(vec![restart(&mine), restart(&peer)])?;
-            let mut restores = Racers::of(vm, &[])?;
-            let hammer = vm.hammer();
-            for round in 0..rounds() / 4 {
-                lose_flags(vm)?;
-                restarts.start()?;
-                restores.start()?;
-                restores.finish()?;
-                restarts.finish()?;
-                let entry = vm.entry("WSLInterop");
-                ensure!(entry == WANTED, "round {round}: {entry}");
+            one_entry(vm, "").with_context(|| format!("round {round}"))?;
+        }
+        Ok(())
+    }),
+    ("races: two distros and two programs restore flags and order at once", |vm| {
+        let (mine, peer) = (unwatched(vm, "mine")?, unwatched(vm, "peer")?);
+        let mut racers = Racers::of(vm, &[&mine, &peer])?;
+        let hammer = vm.hammer();
+        for round in 0..rounds() {
+            // The hammer's program is not called so: only a missing entry keeps it from
+            // starting.
+            let rival = if round % 2 == 0 { "rival" } else { "" };
+            match rival {
+                "" => lose_flags(vm)?,
+                _ => vm.register(":rival:E::exe::/bin/echo:")?,
             }
-            let launches = hammer.stop();
-            for distro in [&mine, &peer] {
-                let state = state(distro);
-                ensure!(state == RUNNING, "{state}");
+            racers.start()?;
+            racers.finish()?;
+            one_entry(vm, rival).with_context(|| format!("round {round}"))?;
+            if !rival.is_empty() {
+                vm.write(rival, "-1")?;
             }
-            // The watchers wait until nobody writes to the table, and longer after what looks like a
-            // fight: 32 times 400 ms.
-            within(Duration::from_secs(20), || {
-                let next = vm.entry("WSLInterop-next");
-                ensure!(next == "missing", "WSLInterop-next: {next}");
-                Ok(())
-            })?;
-            one_entry(vm, "cli-mine cli-peer")?;
-            ensure!(
-                launches.started > rounds() / 2 && launches.failed == 0,
-                "{launches:?}"
-            );
+        }
+        let launches = hammer.stop();
+        ensure!(launches.started > rounds() / 2 && launches.failed == 0, "{launches:?}");
+        Ok(())
+    }),
+    ("races: systemd-binfmt restarts while interop is restored", |vm| {
+        let (mine, peer) = (in_the_way(vm, "mine")?, in_the_way(vm, "peer")?);
+        vm.renew_interop()?;
+        let restart =
+            |distro: &Distro| distro.shell(&on_each_line("systemctl restart systemd-binfmt 2>&1"));
+        let mut restarts = Racers::start_up(vec![restart(&mine), restart(&peer)])?;
+        let mut restores = Racers::of(vm, &[])?;
+        let hammer = vm.hammer();
+        for round in 0..rounds() / 4 {
+            lose_flags(vm)?;
+            restarts.start()?;
+            restores.start()?;
+            restores.finish()?;
+            restarts.finish()?;
+            let entry = vm.entry("WSLInterop");
+            ensure!(entry == WANTED, "round {round}: {entry}");
+        }
+        let launches = hammer.stop();
+        for distro in [&mine, &peer] {
+            let state = state(distro);
+            ensure!(state == RUNNING, "{state}");
+        }
+        // The watchers wait until nobody writes to the table, and longer after what looks like a
+        // fight: 32 times 400 ms.
+        within(Duration::from_secs(20), || {
+            let next = vm.entry("WSLInterop-next");
+            ensure!(next == "missing", "WSLInterop-next: {next}");
             Ok(())
-        },
-    ),
+        })?;
+        one_entry(vm, "cli-mine cli-peer")?;
+        ensure!(launches.started > rounds() / 2 && launches.failed == 0, "{launches:?}");
+        Ok(())
+    }),
     ("races: four guards at once mount once", |vm| {
         let program = vm.generator().get_program().to_string_lossy().into_owned();
         let guard = || in_vm(&format!("{program} guard 2>&1"));
@@ -145,11 +129,8 @@ pub const RACES: &[Test] = &[
                 && counts.iter().all(|(_, what)| expected.contains(what)),
             "{counted}"
         );
-        let all: u32 = counts
-            .iter()
-            .filter(|(_, what)| what.contains("mount"))
-            .map(|(count, _)| count)
-            .sum();
+        let all: u32 =
+            counts.iter().filter(|(_, what)| what.contains("mount")).map(|(count, _)| count).sum();
         ensure!(all == rounds(), "{counted}");
         let state = state(&mine);
         ensure!(state == RUNNING, "{state}");
@@ -204,11 +185,8 @@ const RUNNING: &str = "systemd-binfmt active, system running";
 
 /// A distro that does nothing by itself to what is to be raced for.
 fn unwatched(vm: &Vm, name: &str) -> anyhow::Result<Distro> {
-    let distro = vm
-        .distro(name, "trixie")
-        .generator(true)
-        .masked("systemd-binfmt.service")
-        .boot()?;
+    let distro =
+        vm.distro(name, "trixie").generator(true).masked("systemd-binfmt.service").boot()?;
     distro.run("systemctl stop wsl-interop-restore.service");
     Ok(distro)
 }
@@ -217,10 +195,7 @@ fn unwatched(vm: &Vm, name: &str) -> anyhow::Result<Distro> {
 fn in_the_way(vm: &Vm, name: &str) -> anyhow::Result<Distro> {
     vm.distro(name, "trixie")
         .generator(true)
-        .file(
-            &format!("/etc/binfmt.d/{name}.conf"),
-            &format!(":cli-{name}:E::exe::/bin/echo:\n"),
-        )
+        .file(&format!("/etc/binfmt.d/{name}.conf"), &format!(":cli-{name}:E::exe::/bin/echo:\n"))
         // Rules of one name in both distros are another matter, and so is systemd's limit.
         .file("/etc/binfmt.d/python3.13.conf", "")
         .file(
@@ -243,10 +218,7 @@ fn lose_flags(vm: &Vm) -> anyhow::Result<()> {
 /// than those named.
 fn one_entry(vm: &Vm, others: &str) -> anyhow::Result<()> {
     let (entry, launch) = (vm.entry("WSLInterop"), vm.launch());
-    ensure!(
-        (entry.as_str(), launch.as_str()) == (WANTED, "starts"),
-        "{entry}, {launch}"
-    );
+    ensure!((entry.as_str(), launch.as_str()) == (WANTED, "starts"), "{entry}, {launch}");
     let mut names = vm.entries();
     names.retain(|name| name != "WSLInterop");
     ensure!(names.join(" ") == others, "{names:?}, not {others}");
@@ -304,11 +276,7 @@ impl Racers {
             });
             started.push((child, stdin));
         }
-        Ok(Racers {
-            shells: started,
-            ended,
-            running: 0,
-        })
+        Ok(Racers { shells: started, ended, running: 0 })
     }
 
     fn start(&mut self) -> anyhow::Result<()> {

@@ -32,18 +32,12 @@ pub const RELEASE: &[Scenario] = &[
     Scenario {
         name: "nothing is held after poweroff under WSL's own lock",
         play: |setting| on_a_disk(setting, Generation::Lock, ""),
-        expect: Expect::Differs {
-            stock: HELD,
-            ours: OURS,
-        },
+        expect: Expect::Differs { stock: HELD, ours: OURS },
     },
     Scenario {
         name: "nothing is held after poweroff when a rule had failed",
         play: |setting| on_a_disk(setting, Generation::Lock, ":broken:M::BROKEN::/missing:F\n"),
-        expect: Expect::Differs {
-            stock: HELD,
-            ours: OURS,
-        },
+        expect: Expect::Differs { stock: HELD, ours: OURS },
     },
     Scenario {
         name: "a rule that is gone from binfmt.d is gone after a restart",
@@ -99,10 +93,7 @@ fn on_a_disk(
         .mine()
         .generation(generation)
         .binfmt_support()
-        .file(
-            "/etc/binfmt.d/test.conf",
-            &format!("{QEMU}\n{SHARED}\n{more_rules}"),
-        )
+        .file("/etc/binfmt.d/test.conf", &format!("{QEMU}\n{SHARED}\n{more_rules}"))
         .boot()?;
     mine.run(
         "printf 'package supportfmt\\ninterpreter /bin/cat\\nmagic SUPPORT\\nfix_binary yes\\n' >/usr/share/binfmts/supportfmt; \
@@ -116,10 +107,7 @@ fn on_a_disk(
     mine.poweroff()?;
     // Of python3.13 the first part is the same on every Debian.
     let left = vm.entries();
-    let left: Vec<_> = left
-        .iter()
-        .filter_map(|name| name.split('.').next())
-        .collect();
+    let left: Vec<_> = left.iter().filter_map(|name| name.split('.').next()).collect();
     seen.push(format!("after poweroff: {}", left.join(" ")));
     seen.push(format!("its disk: {}", disk_afterwards(vm)?));
     drop::<Distro>(peer);
@@ -143,11 +131,7 @@ pub fn disk_afterwards(vm: &Vm) -> anyhow::Result<String> {
         if vm.as_machine("losetup -j /vm/disk")?.is_empty() {
             let state = vm.as_machine("dumpe2fs -h /vm/disk 2>/dev/null | grep 'system state'")?;
             let clean = state.ends_with(" clean");
-            return Ok(if clean {
-                "free, clean".to_owned()
-            } else {
-                state
-            });
+            return Ok(if clean { "free, clean".to_owned() } else { state });
         }
         thread::sleep(Duration::from_millis(20));
     }

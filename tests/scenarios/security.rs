@@ -116,10 +116,7 @@ fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
             sleep 0.1
         done",
     );
-    seen.push(format!(
-        "WSLInterop after a wipe: {}",
-        setting.vm.entry("WSLInterop")
-    ));
+    seen.push(format!("WSLInterop after a wipe: {}", setting.vm.entry("WSLInterop")));
     // In a user namespace systemd 262 misses a file of each cgroup.
     let complaints = mine.run(
         "journalctl --no-pager --quiet --output=cat --priority=warning \
@@ -158,11 +155,7 @@ pub const SECURITY: &[Test] = &[
         let before = roots_own(&mine);
         ensure!(before.contains("/run/wsl-binfmt/status"), "{before}");
         let said = mine.run(AS_NOBODY);
-        ensure!(
-            roots_own(&mine) == before,
-            "{before}\nthen:\n{}",
-            roots_own(&mine)
-        );
+        ensure!(roots_own(&mine) == before, "{before}\nthen:\n{}", roots_own(&mine));
         // What it did below a directory of its own, it did as nobody.
         let expected = "\
             restore: 1\nrestore --watch: 124\nguard: 1\nrelease: 1\n\
@@ -176,24 +169,22 @@ pub const SECURITY: &[Test] = &[
         ensure!(said == expected, "{said}");
         Ok(())
     }),
-    (
-        "security: what is written below /run is root's, whatever the umask",
-        |vm| {
-            vm.mount_tmpfs("/run", "1m")?;
-            let drop_in = "/run/systemd/generator.early/systemd-binfmt.service.d";
-            fs::create_dir_all(drop_in)?;
-            fs::write(format!("{drop_in}/10-wsl-interop.conf"), "[Service]\n")?;
-            let program = vm.generator().get_program().to_string_lossy().into_owned();
-            for umask in ["000", "022", "077"] {
-                let script = format!(
+    ("security: what is written below /run is root's, whatever the umask", |vm| {
+        vm.mount_tmpfs("/run", "1m")?;
+        let drop_in = "/run/systemd/generator.early/systemd-binfmt.service.d";
+        fs::create_dir_all(drop_in)?;
+        fs::write(format!("{drop_in}/10-wsl-interop.conf"), "[Service]\n")?;
+        let program = vm.generator().get_program().to_string_lossy().into_owned();
+        for umask in ["000", "022", "077"] {
+            let script = format!(
                     "umask {umask}; {program} guard && mkdir /run/wsl-binfmt/systemd-binfmt &&
                 {program} started systemd-binfmt && rmdir /run/wsl-binfmt/systemd-binfmt &&
                 find /run -mindepth 1 -path '*/generator.early*' -o -path /run/mount -o -printf '%m %p\\n' | sort -k 2
                 umount {STATUS}; rm -r /run/wsl-binfmt /run/systemd/system/*"
                 );
-                let output = Command::new("sh").args(["-c", &script]).output()?;
-                let modes = String::from_utf8(output.stdout)?;
-                let expected = "755 /run/systemd\n\
+            let output = Command::new("sh").args(["-c", &script]).output()?;
+            let modes = String::from_utf8(output.stdout)?;
+            let expected = "755 /run/systemd\n\
                     755 /run/systemd/system\n\
                     755 /run/systemd/system/systemd-binfmt.service.d\n\
                     644 /run/systemd/system/systemd-binfmt.service.d/10-wsl-interop.conf\n\
@@ -203,25 +194,21 @@ pub const SECURITY: &[Test] = &[
                     644 /run/wsl-binfmt/status\n\
                     644 /run/wsl-binfmt/systemd-binfmt.rules\n\
                     644 /run/wsl-binfmt/wsl.conf\n";
-                ensure!(modes == expected, "umask {umask}: {modes}");
-            }
-            // Nor whatever was there.
-            fs::create_dir("/run/wsl-binfmt")?;
-            for path in ["/run/wsl-binfmt", "/run/wsl-binfmt/status"] {
-                let _ = fs::File::create_new(path);
-                fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
-            }
-            ensure!(vm.generator().arg("guard").status()?.success());
-            for (path, expected) in [
-                ("/run/wsl-binfmt", 0o755),
-                ("/run/wsl-binfmt/status", 0o644),
-            ] {
-                let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
-                ensure!(mode == expected, "{path}: {mode:o}");
-            }
-            Ok(())
-        },
-    ),
+            ensure!(modes == expected, "umask {umask}: {modes}");
+        }
+        // Nor whatever was there.
+        fs::create_dir("/run/wsl-binfmt")?;
+        for path in ["/run/wsl-binfmt", "/run/wsl-binfmt/status"] {
+            let _ = fs::File::create_new(path);
+            fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
+        }
+        ensure!(vm.generator().arg("guard").status()?.success());
+        for (path, expected) in [("/run/wsl-binfmt", 0o755), ("/run/wsl-binfmt/status", 0o644)] {
+            let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
+            ensure!(mode == expected, "{path}: {mode:o}");
+        }
+        Ok(())
+    }),
     ("security: release removes nothing but entries", |vm| {
         fs::write("/vm/outside", "outside\n")?;
         fs::create_dir("/run/wsl-binfmt")?;
@@ -252,14 +239,8 @@ pub const SECURITY: &[Test] = &[
                 )?;
                 let output = vm.generator().arg("release").output()?;
                 ensure!(output.status.success(), "{name}: {output:?}");
-                ensure!(
-                    vm.entry("WSLInterop").contains("PF"),
-                    "{inode} {name} removed WSLInterop"
-                );
-                ensure!(
-                    fs::read_to_string("/vm/outside")? == "outside\n",
-                    "{name} was written to"
-                );
+                ensure!(vm.entry("WSLInterop").contains("PF"), "{inode} {name} removed WSLInterop");
+                ensure!(fs::read_to_string("/vm/outside")? == "outside\n", "{name} was written to");
             }
         }
         // It is not blind.

@@ -38,11 +38,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
         name: "Ubuntu's condition against WSL",
         play: |setting| {
             let mine = setting.mine().file(UBUNTUS_PATH, UBUNTUS).boot()?;
-            Ok(vec![
-                setting.entry("testfmt"),
-                setting.exe("at boot"),
-                state(&mine),
-            ])
+            Ok(vec![setting.entry("testfmt"), setting.exe("at boot"), state(&mine)])
         },
         expect: Expect::Differs {
             stock: &[
@@ -50,27 +46,16 @@ pub const SOFT_SPOTS: &[Scenario] = &[
                 ".exe at boot: starts",
                 "systemd-binfmt inactive, system running",
             ],
-            ours: &[
-                RULE,
-                ".exe at boot: starts",
-                "systemd-binfmt active, system running",
-            ],
+            ours: &[RULE, ".exe at boot: starts", "systemd-binfmt active, system running"],
         },
     },
     Scenario {
         name: "a condition of the admin's own",
         play: |setting| {
             let admins = "/etc/systemd/system/systemd-binfmt.service.d/wsl.conf";
-            let mine = setting
-                .mine()
-                .file(UBUNTUS_PATH, UBUNTUS)
-                .file(admins, UBUNTUS);
+            let mine = setting.mine().file(UBUNTUS_PATH, UBUNTUS).file(admins, UBUNTUS);
             let mine = mine.boot()?;
-            Ok(vec![
-                setting.entry("testfmt"),
-                setting.exe("at boot"),
-                state(&mine),
-            ])
+            Ok(vec![setting.entry("testfmt"), setting.exe("at boot"), state(&mine)])
         },
         expect: Expect::Same(&[
             "testfmt: missing",
@@ -109,11 +94,7 @@ pub const SOFT_SPOTS: &[Scenario] = &[
                 "systemd-binfmt inactive, system running",
                 ".exe after poweroff: Exec format error",
             ],
-            ours: &[
-                PF,
-                "systemd-binfmt inactive, system running",
-                ".exe after poweroff: starts",
-            ],
+            ours: &[PF, "systemd-binfmt inactive, system running", ".exe after poweroff: starts"],
         },
     },
     Scenario {
@@ -123,21 +104,11 @@ pub const SOFT_SPOTS: &[Scenario] = &[
                 |name: &str| format!("/etc/systemd/system/systemd-binfmt.service.d/{name}.conf");
             let mine = setting
                 .mine()
-                .file(
-                    &drop_in("05-admin"),
-                    "[Service]\nExecStartPost=/bin/touch /run/before\n",
-                )
-                .file(
-                    &drop_in("override"),
-                    "[Service]\nExecStartPost=/bin/touch /run/after\n",
-                )
+                .file(&drop_in("05-admin"), "[Service]\nExecStartPost=/bin/touch /run/before\n")
+                .file(&drop_in("override"), "[Service]\nExecStartPost=/bin/touch /run/after\n")
                 .boot()?;
             let ran = mine.run("cd /run && ls before after");
-            Ok(vec![
-                ran.trim().replace('\n', " "),
-                setting.exe("at boot"),
-                state(&mine),
-            ])
+            Ok(vec![ran.trim().replace('\n', " "), setting.exe("at boot"), state(&mine)])
         },
         expect: Expect::Differs {
             stock: &[
@@ -255,19 +226,11 @@ pub const SOFT_SPOTS: &[Scenario] = &[
             setting.vm.renew_interop()?;
             setting.vm.register(":peerfmt:M::PEER::/bin/cat:")?;
             mine.poweroff()?;
-            Ok(vec![
-                state.trim().to_owned(),
-                setting.entry("WSLInterop"),
-                setting.entry("peerfmt"),
-            ])
+            Ok(vec![state.trim().to_owned(), setting.entry("WSLInterop"), setting.entry("peerfmt")])
         },
         expect: Expect::Differs {
             stock: &["maintenance", MISSING, "peerfmt: missing"],
-            ours: &[
-                "maintenance",
-                PF,
-                "peerfmt: enabled, interpreter /bin/cat, flags: ",
-            ],
+            ours: &["maintenance", PF, "peerfmt: enabled, interpreter /bin/cat, flags: "],
         },
     },
     Scenario {
@@ -307,23 +270,15 @@ pub const SOFT_SPOTS: &[Scenario] = &[
                 "WSLInterop-next: missing",
                 ".exe then: Exec format error",
             ],
-            ours: &[
-                "6 running",
-                PF,
-                "WSLInterop-next: missing",
-                ".exe then: starts",
-            ],
+            ours: &["6 running", PF, "WSLInterop-next: missing", ".exe then: starts"],
         },
     },
     Scenario {
         name: "a rule for MZ in binfmt.d, and one of update-binfmts",
         play: |setting| {
             let rules = ":wine:M::MZ::/bin/echo:\n:exe:E::exe::/bin/echo:\n";
-            let mine = setting
-                .mine()
-                .binfmt_support()
-                .file("/etc/binfmt.d/wine.conf", rules)
-                .boot()?;
+            let mine =
+                setting.mine().binfmt_support().file("/etc/binfmt.d/wine.conf", rules).boot()?;
             setting.vm.renew_interop()?;
             let mut seen = vec![setting.exe("at boot")];
             mine.run("systemctl restart systemd-binfmt");
@@ -367,23 +322,11 @@ pub const SOFT_REBOOT: &[Scenario] = &[Scenario {
             anyhow::ensure!(up, "'{answer}', and then {}", state(&mine));
             thread::sleep(Duration::from_millis(50));
         }
-        Ok(vec![
-            setting.exe("then"),
-            setting.entry("testfmt"),
-            state(&mine),
-        ])
+        Ok(vec![setting.exe("then"), setting.entry("testfmt"), state(&mine)])
     },
     expect: Expect::Differs {
-        stock: &[
-            ".exe then: Exec format error",
-            RULE,
-            "systemd-binfmt active, system running",
-        ],
-        ours: &[
-            ".exe then: starts",
-            RULE,
-            "systemd-binfmt active, system running",
-        ],
+        stock: &[".exe then: Exec format error", RULE, "systemd-binfmt active, system running"],
+        ours: &[".exe then: starts", RULE, "systemd-binfmt active, system running"],
     },
 }];
 
@@ -405,9 +348,6 @@ fn six_of(setting: &Setting, n: u32) -> anyhow::Result<Distro> {
         .distro(&format!("distro{n}"), setting.suite)
         .generator(setting.ours)
         .file("/etc/binfmt.d/python3.13.conf", "")
-        .file(
-            "/etc/binfmt.d/own.conf",
-            &format!(":own{n}:M::OWN{n}::/bin/cat:F\n"),
-        )
+        .file("/etc/binfmt.d/own.conf", &format!(":own{n}:M::OWN{n}::/bin/cat:F\n"))
         .boot()
 }

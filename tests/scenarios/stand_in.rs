@@ -31,9 +31,7 @@ pub const STAND_IN: &[Test] = &[
         let mine = vm.distro("mine", "trixie").generator(true);
         let mine = mine.generation(generation).boot()?;
         let peer = vm.distro("peer", "trixie").generation(generation);
-        let peer = peer
-            .file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"))
-            .boot()?;
+        let peer = peer.file("/etc/binfmt.d/test.conf", &format!("{RULE}\n")).boot()?;
         ensure!(state(&peer) == RUNNING, "at boot: {}", state(&peer));
         let hammer = vm.hammer();
         let restarted = peer.run(
@@ -79,12 +77,8 @@ pub const STAND_IN: &[Test] = &[
         ensure!(longest < Duration::from_millis(2500), "{longest:?}");
         Ok(())
     }),
-    ("stand-in: two watchers do each other no harm", |vm| {
-        many_watchers(vm, 2)
-    }),
-    ("stand-in: ten watchers do each other no harm", |vm| {
-        many_watchers(vm, 10)
-    }),
+    ("stand-in: two watchers do each other no harm", |vm| many_watchers(vm, 2)),
+    ("stand-in: ten watchers do each other no harm", |vm| many_watchers(vm, 10)),
     ("stand-in: programs start in a fight without end", |vm| {
         let watcher = Watcher::start(vm)?;
         static OVER: AtomicBool = AtomicBool::new(false);
@@ -154,11 +148,7 @@ pub fn served(vm: &Vm) -> anyhow::Result<()> {
 
 /// `WSLInterop` is as WSL made it, and nothing of ours is left that stood in for it.
 pub fn alone(vm: &Vm) -> anyhow::Result<()> {
-    ensure!(
-        vm.entry("WSLInterop") == WANTED,
-        "{}",
-        vm.entry("WSLInterop")
-    );
+    ensure!(vm.entry("WSLInterop") == WANTED, "{}", vm.entry("WSLInterop"));
     let ours = |name: &&String| name.starts_with("WSLInterop");
     let entries = vm.entries();
     ensure!(entries.iter().filter(ours).count() == 1, "{entries:?}");
@@ -209,9 +199,7 @@ fn summary(what: &str, mut times: Vec<Duration>) -> [Duration; 2] {
 }
 
 fn many_watchers(vm: &Vm, count: u32) -> anyhow::Result<()> {
-    let watchers: Vec<_> = (0..count)
-        .map(|_| Watcher::start(vm))
-        .collect::<Result<_, _>>()?;
+    let watchers: Vec<_> = (0..count).map(|_| Watcher::start(vm)).collect::<Result<_, _>>()?;
     for round in 0..20 {
         wipe(vm, round).with_context(|| format!("round {round}"))?;
         // One that comes late must not spoil it again.
@@ -250,10 +238,8 @@ impl Locks {
             .spawn()?;
         let lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
         let locks = Locks(child);
-        let locked: Vec<_> = lines
-            .map_while(Result::ok)
-            .take_while(|line| line != "held")
-            .collect();
+        let locked: Vec<_> =
+            lines.map_while(Result::ok).take_while(|line| line != "held").collect();
         match locked.len() {
             0 => bail!("he can lock nothing"),
             _ => eprintln!("locked: {}", locked.join(" ")),

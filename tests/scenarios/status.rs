@@ -41,21 +41,13 @@ fn named<'vm>(vm: &'vm Vm, name: &str, suite: &str) -> Builder<'vm> {
         .generator(true)
         .file(RULES.0, &format!("{}\n", RULES.1))
         .file(&format!("{units}/interop.socket"), socket)
-        .file(
-            &format!("{units}/interop.service"),
-            "[Service]\nExecStart=/bin/true\n",
-        )
-        .file(
-            &format!("{units}/sockets.target.d/interop.conf"),
-            "[Unit]\nWants=interop.socket\n",
-        )
+        .file(&format!("{units}/interop.service"), "[Service]\nExecStart=/bin/true\n")
+        .file(&format!("{units}/sockets.target.d/interop.conf"), "[Unit]\nWants=interop.socket\n")
 }
 
 /// What a run of `status` in a distro says, and its exit status.
 pub fn look(distro: &Distro, environment: &str, arguments: &str) -> String {
-    distro.run(&format!(
-        "{environment} wsl-binfmt status {arguments}; echo \"exit status $?\""
-    ))
+    distro.run(&format!("{environment} wsl-binfmt status {arguments}; echo \"exit status $?\""))
 }
 
 fn golden(name: &str) -> std::path::PathBuf {
@@ -68,11 +60,7 @@ fn what_differs(said: &str) -> anyhow::Result<String> {
     let usual: Vec<_> = healthy.lines().skip(1).collect();
     // Debian 11 has a /lib of its own.
     let known = |line: &&str| !usual.contains(&line.replace("  /lib/", "  /usr/lib/").as_str());
-    Ok(said
-        .lines()
-        .filter(known)
-        .map(|line| format!("{line}\n"))
-        .collect())
+    Ok(said.lines().filter(known).map(|line| format!("{line}\n")).collect())
 }
 
 /// Compares what is said with a file.
@@ -98,10 +86,7 @@ fn check_json(name: &str, json: &str, text: &str) -> anyhow::Result<Value> {
     let path = Path::new("/vm").join(format!("{name}.json"));
     fs::write(&path, json)?;
     let schema = project().join("docs/status.schema.json");
-    let verdict = Command::new("jsonschema")
-        .arg("-i")
-        .args([&path, &schema])
-        .output()?;
+    let verdict = Command::new("jsonschema").arg("-i").args([&path, &schema]).output()?;
     ensure!(verdict.status.success(), "{verdict:?}");
 
     let report: Value = serde_json::from_str(json)?;
@@ -115,10 +100,7 @@ fn check_json(name: &str, json: &str, text: &str) -> anyhow::Result<Value> {
         text.chars().map(mask).collect()
     };
     let (mut lines, mut mends) = (text.lines(), Vec::new());
-    ensure!(
-        lines.next() == Some(&of(&report["summary"])),
-        "{text}\n{json}"
-    );
+    ensure!(lines.next() == Some(&of(&report["summary"])), "{text}\n{json}");
     for finding in report["checks"].as_array().context("checks")? {
         let mend = &finding["mend"];
         for (object, key) in [(finding, "found"), (mend, "what")] {
@@ -153,9 +135,7 @@ fn follow(distro: &Distro, report: &Value, environment: &mut String) -> anyhow::
                 ensure!(said.ends_with("done\n"), "{what}: {said}");
             }
             Some("run-in-this-shell") => {
-                let export = what
-                    .strip_prefix("export ")
-                    .with_context(|| what.to_owned())?;
+                let export = what.strip_prefix("export ").with_context(|| what.to_owned())?;
                 export.clone_into(environment);
             }
             _ => followed = false,
@@ -219,33 +199,26 @@ fn done(vm: &Vm, name: &str, done: &str) -> anyhow::Result<()> {
 }
 
 pub const STATUS: &[Test] = &[
-    (
-        "status: healthy on each systemd, and under each WSL",
-        |vm| {
-            examine(&distro(vm, "trixie").boot()?, "healthy", SOCKET)?;
-            for suite in extent::of(&["bullseye", "bookworm", "forky"]) {
-                let said = look(&named(vm, suite, suite).boot()?, SOCKET, "");
-                let differs = what_differs(&said)?;
-                ensure!(differs.lines().count() == 1, "{suite}: {said}");
-            }
-            for generation in Generation::ALL {
-                let distro = named(vm, generation.name(), "trixie").generation(generation);
-                let said = look(&distro.boot()?, SOCKET, "");
-                ensure!(said.ends_with("exit status 0\n"), "{generation:?}: {said}");
-            }
-            Ok(())
-        },
-    ),
+    ("status: healthy on each systemd, and under each WSL", |vm| {
+        examine(&distro(vm, "trixie").boot()?, "healthy", SOCKET)?;
+        for suite in extent::of(&["bullseye", "bookworm", "forky"]) {
+            let said = look(&named(vm, suite, suite).boot()?, SOCKET, "");
+            let differs = what_differs(&said)?;
+            ensure!(differs.lines().count() == 1, "{suite}: {said}");
+        }
+        for generation in Generation::ALL {
+            let distro = named(vm, generation.name(), "trixie").generation(generation);
+            let said = look(&distro.boot()?, SOCKET, "");
+            ensure!(said.ends_with("exit status 0\n"), "{generation:?}: {said}");
+        }
+        Ok(())
+    }),
     ("status: not WSL, WSL1 or a container", |vm| {
         let native = named(vm, "native", "trixie").osrelease("6.1.0-13-amd64");
         let wsl1 = named(vm, "wsl1", "trixie").osrelease("4.4.0-19041-Microsoft");
         let container = named(vm, "docker", "trixie");
         for (distro, environment, said) in [
-            (
-                native.without_init(),
-                &[][..],
-                "This is not WSL: nothing to do.",
-            ),
+            (native.without_init(), &[][..], "This is not WSL: nothing to do."),
             (
                 wsl1,
                 &[],
@@ -264,9 +237,7 @@ pub const STATUS: &[Test] = &[
         Ok(())
     }),
     ("status: without /init", |vm| {
-        let without = named(vm, "without", "trixie")
-            .environment(&[])
-            .without_init();
+        let without = named(vm, "without", "trixie").environment(&[]).without_init();
         examine(&without.boot()?, "no-init", SOCKET)?;
         // As a soft-reboot leaves it.
         let distro = distro(vm, "trixie").boot()?;
@@ -307,11 +278,7 @@ pub const STATUS: &[Test] = &[
     }),
     // The table.
     ("status: binfmt_misc is not mounted", |vm| {
-        done(
-            vm,
-            "not-mounted",
-            &format!("umount {TABLE}/status; umount {TABLE}"),
-        )
+        done(vm, "not-mounted", &format!("umount {TABLE}/status; umount {TABLE}"))
     }),
     ("status: something else is mounted over binfmt_misc", |vm| {
         // A watcher that sleeps does not see it.
@@ -322,32 +289,22 @@ pub const STATUS: &[Test] = &[
         );
         done(vm, "mounted-over", &over)
     }),
-    (
-        "status: the table is disabled under the guard's mount",
-        |vm| {
-            let distro = distro(vm, "trixie").boot()?;
-            vm.write("status", "0")?;
-            examine(&distro, "table-disabled", SOCKET)
-        },
-    ),
+    ("status: the table is disabled under the guard's mount", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        vm.write("status", "0")?;
+        examine(&distro, "table-disabled", SOCKET)
+    }),
     ("status: the entry is missing", |vm| {
         unwatched(vm, "entry-missing", &format!("echo -1 >{TABLE}/WSLInterop"))
     }),
     ("status: the entry is disabled", |vm| {
         done(vm, "entry-disabled", &format!("echo 0 >{TABLE}/WSLInterop"))
     }),
-    (
-        "status: the entry has another interpreter, and rivals",
-        |vm| {
-            let rules = [":cli:M::MZ::/usr/bin/cli:", ":ape:M::MZqFpD::/bin/echo:"].map(register);
-            let renewed = registered_as("M::MZ::/bin/cat:PF");
-            unwatched(
-                vm,
-                "entry-interpreter",
-                &format!("{}; {renewed}", rules.join(";")),
-            )
-        },
-    ),
+    ("status: the entry has another interpreter, and rivals", |vm| {
+        let rules = [":cli:M::MZ::/usr/bin/cli:", ":ape:M::MZqFpD::/bin/echo:"].map(register);
+        let renewed = registered_as("M::MZ::/bin/cat:PF");
+        unwatched(vm, "entry-interpreter", &format!("{}; {renewed}", rules.join(";")))
+    }),
     ("status: the entry has no F, and Mono is ahead", |vm| {
         let mono = register(":cli:M::MZ::/usr/bin/cli:");
         let lost = registered_as("M::MZ::/init:P");
@@ -364,23 +321,16 @@ pub const STATUS: &[Test] = &[
         Ok(())
     }),
     // The status file.
-    (
-        "status: the status file is open, in a shell with mounts of its own",
-        |vm| {
-            let distro = distro(vm, "trixie").boot()?;
-            distro.run(&format!("umount {TABLE}/status"));
-            // What mends it is run where it was found.
-            let own = "unshare --mount --propagation private env WSL_INTEROP=/run/WSL/8_interop";
-            examine(&distro, "status-open", own)
-        },
-    ),
+    ("status: the status file is open, in a shell with mounts of its own", |vm| {
+        let distro = distro(vm, "trixie").boot()?;
+        distro.run(&format!("umount {TABLE}/status"));
+        // What mends it is run where it was found.
+        let own = "unshare --mount --propagation private env WSL_INTEROP=/run/WSL/8_interop";
+        examine(&distro, "status-open", own)
+    }),
     ("status: the guard's file was deleted", |vm| {
         let restart = "systemctl restart systemd-binfmt 2>/dev/null || true";
-        done(
-            vm,
-            "status-deleted",
-            &format!("rm /run/wsl-binfmt/status; {restart}"),
-        )
+        done(vm, "status-deleted", &format!("rm /run/wsl-binfmt/status; {restart}"))
     }),
     // The services that write to the table.
     ("status: systemd-binfmt has failed at a rule", |vm| {
@@ -412,9 +362,7 @@ pub const STATUS: &[Test] = &[
     }),
     ("status: own rules that nobody would release", |vm| {
         let distro = distro(vm, "trixie").boot()?;
-        distro.run(&format!(
-            "{UNWATCHED} rm /run/wsl-binfmt/systemd-binfmt.rules"
-        ));
+        distro.run(&format!("{UNWATCHED} rm /run/wsl-binfmt/systemd-binfmt.rules"));
         examine(&distro, "rules-unrecorded", SOCKET)?;
         distro.run("systemctl restart systemd-binfmt");
         ensure!(!look(&distro, SOCKET, "").contains("may stay"));
@@ -442,21 +390,18 @@ pub const STATUS: &[Test] = &[
         done(vm, "drop-in-replaced", &replace)
     }),
     // Our services.
-    (
-        "status: the guard is stopped, and the watcher has failed",
-        |vm| {
-            // Otherwise it comes back, whatever becomes of it.
-            let drop_in = "/run/systemd/system/wsl-interop-restore.service.d";
-            let kill = format!(
-                "systemctl stop wsl-binfmt-guard; umount {TABLE}/status; \
+    ("status: the guard is stopped, and the watcher has failed", |vm| {
+        // Otherwise it comes back, whatever becomes of it.
+        let drop_in = "/run/systemd/system/wsl-interop-restore.service.d";
+        let kill = format!(
+            "systemctl stop wsl-binfmt-guard; umount {TABLE}/status; \
              mkdir -p {drop_in}; printf '[Service]\\nRestart=no\\n' >{drop_in}/x.conf; \
              systemctl daemon-reload; systemctl kill -s KILL wsl-interop-restore; sleep .3; \
              rm -r {drop_in}; systemctl daemon-reload; \
              systemctl is-failed --quiet wsl-interop-restore"
-            );
-            done(vm, "guard-stopped", &kill)
-        },
-    ),
+        );
+        done(vm, "guard-stopped", &kill)
+    }),
     ("status: the watcher is masked", |vm| {
         let mask = "mkdir -p /etc/systemd/system.control; \
                     ln -s /dev/null /etc/systemd/system.control/wsl-interop-restore.service; \
@@ -484,19 +429,16 @@ pub const STATUS: &[Test] = &[
         done(vm, "generator-copy", copy)
     }),
     // wsl.conf, and leftovers.
-    (
-        "status: wsl.conf switches protection or interop off",
-        |vm| {
-            for (name, conf) in [
-                ("conf-unprotected", "[boot]\nprotectBinfmt=false\n"),
-                ("conf-off", "[interop]\nenabled=false\n; x\n"),
-            ] {
-                let distro = named(vm, name, "trixie").file("/etc/wsl.conf", conf);
-                examine(&distro.boot()?, name, SOCKET)?;
-            }
-            Ok(())
-        },
-    ),
+    ("status: wsl.conf switches protection or interop off", |vm| {
+        for (name, conf) in [
+            ("conf-unprotected", "[boot]\nprotectBinfmt=false\n"),
+            ("conf-off", "[interop]\nenabled=false\n; x\n"),
+        ] {
+            let distro = named(vm, name, "trixie").file("/etc/wsl.conf", conf);
+            examine(&distro.boot()?, name, SOCKET)?;
+        }
+        Ok(())
+    }),
     ("status: old workarounds", |vm| {
         let units = "/etc/systemd/system";
         let rule = ":WSLInterop:M::MZ::/init:P\n";
@@ -505,10 +447,7 @@ pub const STATUS: &[Test] = &[
         let timer = "[Timer]\nOnCalendar=monthly\n[Install]\nWantedBy=timers.target\n";
         let distro = distro(vm, "trixie")
             .file("/etc/binfmt.d/WSLInterop.conf", rule)
-            .file(
-                "/usr/lib/binfmt.d/late.conf",
-                ":WSLInterop-late:M::MZ::/init:PF\n",
-            )
+            .file("/usr/lib/binfmt.d/late.conf", ":WSLInterop-late:M::MZ::/init:PF\n")
             // Names that mean something to a shell, or to a terminal.
             .file("/etc/binfmt.d/a $(touch pwned).conf", rule)
             .file("/etc/binfmt.d/b\n\u{202e}.conf", rule)
@@ -573,10 +512,7 @@ pub const STATUS: &[Test] = &[
                 "systemctl daemon-reload; systemctl reset-failed systemd-binfmt; \
                  systemctl restart systemd-binfmt",
             );
-            ensure!(
-                again.is_empty() && distro.launch() == "starts",
-                "{way}: {again}"
-            );
+            ensure!(again.is_empty() && distro.launch() == "starts", "{way}: {again}");
         }
         Ok(())
     }),
@@ -618,10 +554,7 @@ pub const STATUS: &[Test] = &[
             let said = distro.run(&format!("{what}; {run}"));
             let taken: Vec<f32> = said.lines().map_while(|line| line.parse().ok()).collect();
             // In hundredths of a second, and in milliseconds.
-            ensure!(
-                taken.len() == 2 && taken[0] < 10.0 && taken[1] < 1000.0,
-                "{what}: {said}"
-            );
+            ensure!(taken.len() == 2 && taken[0] < 10.0 && taken[1] < 1000.0, "{what}: {said}");
         }
         Ok(())
     }),
@@ -630,11 +563,7 @@ pub const STATUS: &[Test] = &[
         let rounds = extent::rounds() / 10;
         let idle = look(&distro, SOCKET, "");
         ensure!(idle.ends_with("exit status 0\n"), "{idle}");
-        let busy = (0..8).map(|_| {
-            Command::new("sh")
-                .args(["-c", "while :; do :; done"])
-                .spawn()
-        });
+        let busy = (0..8).map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn());
         let mut busy = busy.collect::<Result<Vec<_>, _>>()?;
         let differs = (0..rounds).map(|_| look(&distro, SOCKET, ""));
         let differs: Vec<_> = differs.filter(|said| *said != idle).collect();
@@ -643,11 +572,7 @@ pub const STATUS: &[Test] = &[
             process.wait()?;
         }
         let number = differs.len();
-        ensure!(
-            number == 0,
-            "{number} of {rounds} differ:\n{}",
-            differs.concat()
-        );
+        ensure!(number == 0, "{number} of {rounds} differ:\n{}", differs.concat());
         Ok(())
     }),
     ("status: colours only on a terminal that wants them", |vm| {
@@ -657,10 +582,7 @@ pub const STATUS: &[Test] = &[
             distro.run(&format!("TERM=xterm script -qec '{command}' /dev/null"))
         };
         let coloured = shown("");
-        ensure!(
-            coloured.contains("\x1b[32mok     \x1b[m  platform "),
-            "{coloured}"
-        );
+        ensure!(coloured.contains("\x1b[32mok     \x1b[m  platform "), "{coloured}");
         for before in ["NO_COLOR=1", "TERM=dumb", "env -u TERM"] {
             let plain = shown(before);
             ensure!(plain.contains("\nok       platform "), "{before}: {plain}");

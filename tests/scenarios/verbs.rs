@@ -17,10 +17,7 @@ pub const VERBS: &[Test] = &[
     ("restore leaves an entry that is as it should be", |vm| {
         let before = vm.entry_identity("WSLInterop")?;
         expect(vm, &["restore"], 0, "")?;
-        ensure!(
-            vm.entry_identity("WSLInterop")? == before,
-            "it was replaced"
-        );
+        ensure!(vm.entry_identity("WSLInterop")? == before, "it was replaced");
         Ok(())
     }),
     ("restore registers a missing entry", |vm| {
@@ -60,10 +57,7 @@ pub const VERBS: &[Test] = &[
             "WSLInterop runs /bin/cat, not /init: somebody changed it, leaving it alone",
         )?;
         let entry = vm.entry("WSLInterop");
-        ensure!(
-            entry == "enabled, interpreter /bin/cat, flags: P",
-            "{entry}"
-        );
+        ensure!(entry == "enabled, interpreter /bin/cat, flags: P", "{entry}");
         Ok(())
     }),
     ("restore needs an executable init", |vm| {
@@ -80,29 +74,17 @@ pub const VERBS: &[Test] = &[
     }),
     ("restore says that binfmt_misc is not mounted", |vm| {
         vm.unmount("/proc/sys/fs/binfmt_misc")?;
-        expect(
-            vm,
-            &["restore"],
-            1,
-            "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc",
-        )
+        expect(vm, &["restore"], 1, "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc")
     }),
     ("guard makes the flush fail, and nothing else", |vm| {
         expect(vm, &["guard"], 0, "")?;
         let Err(error) = vm.write("status", "-1") else {
             bail!("the table was emptied: {:?}", vm.entries());
         };
-        ensure!(
-            format!("{error:#}").contains("Read-only file system"),
-            "{error:#}"
-        );
+        ensure!(format!("{error:#}").contains("Read-only file system"), "{error:#}");
         ensure!(vm.read("status")? == "enabled\n", "{}", vm.read("status")?);
         vm.register(RULE)?;
-        ensure!(
-            vm.entries() == ["WSLInterop", "testfmt"],
-            "{:?}",
-            vm.entries()
-        );
+        ensure!(vm.entries() == ["WSLInterop", "testfmt"], "{:?}", vm.entries());
         Ok(())
     }),
     ("guard shows the state that the table has", |vm| {
@@ -130,14 +112,12 @@ pub const VERBS: &[Test] = &[
         // The second mount(2) of the program is the one that makes its file read-only, the third
         // binds that over the table's.
         expect_of(
-            vm.generator_under_strace("inject=mount:error=EPERM:when=2")
-                .arg("guard"),
+            vm.generator_under_strace("inject=mount:error=EPERM:when=2").arg("guard"),
             1,
             "making /run/wsl-binfmt/status read-only: EPERM: Operation not permitted",
         )?;
         expect_of(
-            vm.generator_under_strace("inject=mount:error=EPERM:when=3")
-                .arg("guard"),
+            vm.generator_under_strace("inject=mount:error=EPERM:when=3").arg("guard"),
             1,
             "binding /run/wsl-binfmt/status over /proc/sys/fs/binfmt_misc/status: \
              EPERM: Operation not permitted",
@@ -149,25 +129,22 @@ pub const VERBS: &[Test] = &[
         ensure!(vm.entries().is_empty(), "{:?}", vm.entries());
         Ok(())
     }),
-    (
-        "guard says that binfmt_misc is not mounted, and guards it later",
-        |vm| {
-            vm.unmount("/proc/sys/fs/binfmt_misc")?;
-            expect(
-                vm,
-                &["guard"],
-                0,
-                "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc; \
+    ("guard says that binfmt_misc is not mounted, and guards it later", |vm| {
+        vm.unmount("/proc/sys/fs/binfmt_misc")?;
+        expect(
+            vm,
+            &["guard"],
+            0,
+            "binfmt_misc is not mounted on /proc/sys/fs/binfmt_misc; \
              will guard it when this distro stops",
-            )?;
-            // As it then is.
-            vm.mount_table("/proc/sys/fs/binfmt_misc")?;
-            expect(vm, &["stopping"], 0, "")?;
-            ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
-            ensure!(vm.write("status", "-1").is_err(), "the table was emptied");
-            Ok(())
-        },
-    ),
+        )?;
+        // As it then is.
+        vm.mount_table("/proc/sys/fs/binfmt_misc")?;
+        expect(vm, &["stopping"], 0, "")?;
+        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
+        ensure!(vm.write("status", "-1").is_err(), "the table was emptied");
+        Ok(())
+    }),
     ("a full disk leaves no half of a file", |vm| {
         let generate = |early: &str| vm.generator().arg(early).env("container", "wsl").output();
         fs::create_dir("/vm/whole")?;
@@ -177,17 +154,11 @@ pub const VERBS: &[Test] = &[
         let output = generate("/vm/full")?;
         let said = String::from_utf8(output.stderr)?;
         ensure!(output.status.code() == Some(1), "{}", output.status);
-        ensure!(
-            said.contains(".service: No space left on device (os error 28)"),
-            "{said}"
-        );
+        ensure!(said.contains(".service: No space left on device (os error 28)"), "{said}");
         let files = |directory: &str| -> anyhow::Result<Vec<String>> {
             let find = ["-type", "f", "-printf", "%P\n"];
             let found = Command::new("find").arg(directory).args(find).output()?;
-            Ok(String::from_utf8(found.stdout)?
-                .lines()
-                .map(str::to_owned)
-                .collect())
+            Ok(String::from_utf8(found.stdout)?.lines().map(str::to_owned).collect())
         };
         let written = files("/vm/full")?;
         ensure!((1..4).contains(&written.len()), "{written:?}");

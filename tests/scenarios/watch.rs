@@ -25,11 +25,7 @@ pub const WATCH: &[Test] = &[
         thread::sleep(SETTLED);
         let before = watcher.wake_ups()?;
         thread::sleep(Duration::from_secs(2));
-        ensure!(
-            watcher.wake_ups()? == before,
-            "{} more",
-            watcher.wake_ups()? - before
-        );
+        ensure!(watcher.wake_ups()? == before, "{} more", watcher.wake_ups()? - before);
         vm.write("WSLInterop", "-1")?;
         healed(vm)?;
         // Counted when it goes to sleep again.
@@ -58,16 +54,9 @@ pub const WATCH: &[Test] = &[
         let end = healed(vm);
         let log = watcher.stop()?;
         end.with_context(|| log.clone())?;
-        ensure!(
-            spent < Duration::from_millis(300),
-            "{spent:?} of 3 s spent on it"
-        );
+        ensure!(spent < Duration::from_millis(300), "{spent:?} of 3 s spent on it");
         let warnings = log.matches("something keeps changing the table").count();
-        ensure!(
-            warnings == 1,
-            "{warnings} warnings in {} lines",
-            log.lines().count()
-        );
+        ensure!(warnings == 1, "{warnings} warnings in {} lines", log.lines().count());
         Ok(())
     }),
     ("watch outlives an unmounted table", |vm| {
@@ -130,10 +119,7 @@ pub const WATCH: &[Test] = &[
             vm.write("WSLInterop", state)?;
             thread::sleep(SETTLED);
             let entry = vm.entry("WSLInterop");
-            ensure!(
-                entry.starts_with(if state == "0" { "dis" } else { "en" }),
-                "{entry}"
-            );
+            ensure!(entry.starts_with(if state == "0" { "dis" } else { "en" }), "{entry}");
             ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         }
         let log = watcher.stop()?;
@@ -202,9 +188,7 @@ impl Watcher {
 
     fn signal(&self, name: &str) -> anyhow::Result<()> {
         let pid = self.child.id().to_string();
-        let kill = std::process::Command::new("kill")
-            .args(["-s", name, &pid])
-            .status()?;
+        let kill = std::process::Command::new("kill").args(["-s", name, &pid]).status()?;
         ensure!(kill.success(), "kill: {kill}");
         Ok(())
     }
@@ -219,9 +203,7 @@ impl Watcher {
     /// How often it has gone to sleep, and so how often it has been woken.
     fn wake_ups(&self) -> anyhow::Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let count = status
-            .lines()
-            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        let count = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
         Ok(count.context("no count")?.trim().parse()?)
     }
 

@@ -14,11 +14,7 @@ pub const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
 /// it finds is the one that runs this test.
 pub fn sh(name: &str, script: &str) -> anyhow::Result<String> {
     let cargo = Path::new(env!("CARGO"));
-    let mut path = cargo
-        .parent()
-        .context("no directory")?
-        .as_os_str()
-        .to_owned();
+    let mut path = cargo.parent().context("no directory")?.as_os_str().to_owned();
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
     let mut command = Command::new("sh");
@@ -34,9 +30,8 @@ pub fn sh(name: &str, script: &str) -> anyhow::Result<String> {
 
 /// A directory that is kept for the next run.
 pub fn scratch(name: &str) -> anyhow::Result<PathBuf> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join(env!("CARGO_CRATE_NAME"))
-        .join(name);
+    let directory =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME")).join(name);
     fs::create_dir_all(&directory)?;
     Ok(directory)
 }

@@ -159,12 +159,6 @@ pub fn try_all<P: Send>(
         let wrong = working.into_iter().map(|w| w.join().expect("no panic"));
         wrong.flatten().collect::<Vec<_>>()
     });
-    ensure!(
-        wrong.is_empty(),
-        "{} of {} faults:\n{}",
-        wrong.len(),
-        faults.len(),
-        wrong.join("\n")
-    );
+    ensure!(wrong.is_empty(), "{} of {} faults:\n{}", wrong.len(), faults.len(), wrong.join("\n"));
     Ok(())
 }

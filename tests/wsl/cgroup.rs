@@ -74,9 +74,7 @@ pub fn remove_those_of_the_dead() -> anyhow::Result<()> {
     for entry in fs::read_dir(hierarchy()?)? {
         let entry = entry?;
         let name = entry.file_name();
-        let owner = name
-            .to_str()
-            .and_then(|name| name.strip_prefix("wsl-vm-")?.split('-').next());
+        let owner = name.to_str().and_then(|name| name.strip_prefix("wsl-vm-")?.split('-').next());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             remove(&entry.path())?;
         }

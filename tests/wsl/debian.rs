@@ -81,9 +81,6 @@ pub fn require(program: &str, package: &str) -> anyhow::Result<()> {
     apt(&["update"])?;
     apt(&["install", "-y", "--no-install-recommends", package])
         .with_context(|| format!("installing {package}"))?;
-    ensure!(
-        Path::new("/usr/bin").join(program).exists(),
-        "{package} installed no {program}"
-    );
+    ensure!(Path::new("/usr/bin").join(program).exists(), "{package} installed no {program}");
     Ok(())
 }

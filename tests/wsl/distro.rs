@@ -193,13 +193,8 @@ impl<'vm> Builder<'vm> {
             .spawn()?;
         let mut pid = String::new();
         BufReader::new(child.stdout.take().context("stdout")?).read_line(&mut pid)?;
-        let mut distro = Distro {
-            name: self.name,
-            pid: pid.trim().to_owned(),
-            child,
-            cgroup,
-            patience: None,
-        };
+        let mut distro =
+            Distro { name: self.name, pid: pid.trim().to_owned(), child, cgroup, patience: None };
         let deadline = Instant::now() + TIMEOUT;
         loop {
             // Until systemd listens, systemctl has no answer.
@@ -246,10 +241,7 @@ impl<'vm> Builder<'vm> {
         }
         let masked = self.masked.iter().map(String::as_str);
         let masked: Vec<_> = FORBIDDEN.into_iter().chain(masked).collect();
-        let layer = Layer {
-            tree,
-            upper: directory.join("upper"),
-        };
+        let layer = Layer { tree, upper: directory.join("upper") };
         if self.image.is_some() {
             fs::write(directory.join("image"), masked.join("\n"))?;
         } else {
@@ -341,9 +333,7 @@ impl Distro {
         command
             .arg(seconds.to_string())
             // Not --all: it would enter the user namespace that it is already in.
-            .args([
-                "nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w",
-            ])
+            .args(["nsenter", "-t", &self.pid, "-m", "-p", "-u", "-i", "-C", "-r", "-w"])
             .env_clear()
             .env("PATH", PATH)
             .env("LANG", "C.UTF-8");
@@ -409,9 +399,7 @@ impl Distro {
             pid = self.pid
         );
         // What asks for something is written to the pipe, and never read.
-        vm.as_machine(&format!(
-            "({mount} | sleep 60) </dev/null >/dev/null 2>&1 &"
-        ))?;
+        vm.as_machine(&format!("({mount} | sleep 60) </dev/null >/dev/null 2>&1 &"))?;
         let mounts = format!("/proc/{}/mountinfo", self.pid);
         let deadline = Instant::now() + TIMEOUT;
         while !fs::read_to_string(&mounts)?.contains(" - autofs dead ") {

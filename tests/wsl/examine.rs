@@ -86,11 +86,8 @@ impl Seen {
             .filter(|occasion| !occasion.start)
             .map(|o| format!("after {}, Windows programs do not start", o.occasion))
             .collect();
-        let real: Vec<_> = self
-            .failed_units
-            .iter()
-            .filter(|failed| !failed.because_of_the_simulation)
-            .collect();
+        let real: Vec<_> =
+            self.failed_units.iter().filter(|failed| !failed.because_of_the_simulation).collect();
         for failed in &real {
             wrong.push(format!("{} failed ({})", failed.unit, failed.why));
         }
@@ -105,10 +102,7 @@ impl Seen {
 /// Plays it.
 pub fn play(vm: &Vm, case: &Case) -> anyhow::Result<Seen> {
     let before = vm.entries();
-    let mut play = Play {
-        vm,
-        occasions: Vec::new(),
-    };
+    let mut play = Play { vm, occasions: Vec::new() };
     let mut notes = Vec::new();
     let mine = with_package(distro(vm, "mine", case)?, case, &mut notes)?;
     let mine = play.at(|| mine.boot())?;
@@ -121,10 +115,7 @@ pub fn play(vm: &Vm, case: &Case) -> anyhow::Result<Seen> {
 
     let known = mine.systemctl(&["show", "--property=LoadState", "--value", BINFMT]);
     if known.trim() != "loaded" {
-        notes.push(format!(
-            "{BINFMT} is {} in it, so restarting that does nothing.",
-            known.trim()
-        ));
+        notes.push(format!("{BINFMT} is {} in it, so restarting that does nothing.", known.trim()));
     }
     play.at(|| Ok(mine.systemctl(&["restart", BINFMT])))?;
     play.at(|| {
@@ -159,10 +150,11 @@ const BINFMT: &str = "systemd-binfmt.service";
 fn distro<'vm>(vm: &'vm Vm, name: &str, case: &Case) -> anyhow::Result<Builder<'vm>> {
     let generation = Generation::named(&case.generation)?;
     let version = format!("container_host_version_id={}", case.version);
-    Ok(vm
-        .image(name, &case.tree)
-        .generation(generation)
-        .environment(&["container=wsl", "container_host_id=windows", &version]))
+    Ok(vm.image(name, &case.tree).generation(generation).environment(&[
+        "container=wsl",
+        "container_host_id=windows",
+        &version,
+    ]))
 }
 
 struct Play<'vm> {
@@ -202,20 +194,15 @@ fn state(distro: &Distro) -> String {
 /// The entries that were not there before, but WSL's own.
 fn registered(vm: &Vm, before: &[String]) -> Vec<String> {
     let entries = vm.entries();
-    let new = entries
-        .iter()
-        .filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"));
-    new.map(|name| format!("{name} ({})", flags(&vm.entry(name))))
-        .collect()
+    let new =
+        entries.iter().filter(|name| !before.contains(name) && !name.starts_with("WSLInterop"));
+    new.map(|name| format!("{name} ({})", flags(&vm.entry(name)))).collect()
 }
 
 /// An entry's interpreter and flags.
 fn flags(entry: &str) -> String {
     let entry = entry.trim_start_matches("enabled, interpreter ");
-    entry
-        .replace("flags: ", "")
-        .trim_end_matches([' ', ','])
-        .to_owned()
+    entry.replace("flags: ", "").trim_end_matches([' ', ',']).to_owned()
 }
 
 /// systemd's own word for how long it took, as systemd-analyze has it.
@@ -267,9 +254,7 @@ const MACHINES: [&str; 12] = [
 
 fn failed_units(distro: &Distro) -> Vec<FailedUnit> {
     let list = distro.systemctl(&["list-units", "--state=failed", "--plain", "--no-legend"]);
-    let units = list
-        .lines()
-        .filter_map(|line| line.split_whitespace().next());
+    let units = list.lines().filter_map(|line| line.split_whitespace().next());
     // Where there are none, nothing is printed; an error is no list of units.
     let units = units.filter(|unit| unit.contains('.'));
     units.map(|unit| failed_unit(distro, unit)).collect()
@@ -295,11 +280,7 @@ fn failed_unit(distro: &Distro, unit: &str) -> FailedUnit {
         Some((_, "device" | "swap")) => true,
         _ => false,
     };
-    FailedUnit {
-        unit: unit.to_owned(),
-        why,
-        because_of_the_simulation,
-    }
+    FailedUnit { unit: unit.to_owned(), why, because_of_the_simulation }
 }
 
 /// The distro with the package put in.

@@ -148,12 +148,10 @@ impl Generation {
     /// What else the generator writes, by the version that stands for the generation.
     fn unrelated(self) -> String {
         let masked = match self {
-            Generation::Dropin | Generation::Lock => [
-                "systemd-networkd-wait-online",
-                "NetworkManager-wait-online",
-                "console-getty",
-            ]
-            .as_slice(),
+            Generation::Dropin | Generation::Lock => {
+                ["systemd-networkd-wait-online", "NetworkManager-wait-online", "console-getty"]
+                    .as_slice()
+            }
             _ => &[],
         };
         let mask = |unit: &&str| format!("ln -s /dev/null \"$1/{unit}.service\"\n");

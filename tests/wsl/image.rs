@@ -59,14 +59,12 @@ impl fmt::Display for Error {
         match self {
             Error::Missing => write!(f, "there is no such file"),
             Error::NeitherFileNorDirectory => write!(f, "it is neither a file nor a directory"),
-            Error::InRun => write!(
-                f,
-                "the VM does not see the machine's /run, where this directory is"
-            ),
-            Error::NoTar => write!(
-                f,
-                "it is neither a directory nor a tar archive, plain or compressed"
-            ),
+            Error::InRun => {
+                write!(f, "the VM does not see the machine's /run, where this directory is")
+            }
+            Error::NoTar => {
+                write!(f, "it is neither a directory nor a tar archive, plain or compressed")
+            }
             Error::Damaged(said) => write!(f, "the archive is damaged: {said}"),
             Error::LeadsOutside(said) | Error::DoesNotUnpack(said) => {
                 write!(f, "it does not unpack: {said}")
@@ -76,21 +74,14 @@ impl fmt::Display for Error {
                 "unpacked it has more than {}, which no image of a distro has",
                 size(*limit)
             ),
-            Error::NoRoom(directory) => write!(
-                f,
-                "there is no room to unpack it below {}",
-                directory.display()
-            ),
+            Error::NoRoom(directory) => {
+                write!(f, "there is no room to unpack it below {}", directory.display())
+            }
             Error::Loop(path) => write!(f, "{} leads to itself", path.display()),
-            Error::NoInit => write!(
-                f,
-                "there is no /sbin/init in it, by which WSL starts systemd"
-            ),
-            Error::NoSystemd(init) => write!(
-                f,
-                "there is no systemd in it; its /sbin/init is {}",
-                init.display()
-            ),
+            Error::NoInit => write!(f, "there is no /sbin/init in it, by which WSL starts systemd"),
+            Error::NoSystemd(init) => {
+                write!(f, "there is no systemd in it; its /sbin/init is {}", init.display())
+            }
             Error::NoProgram(path, error) => {
                 write!(f, "{} is no program: {error}", path.display())
             }

@@ -61,10 +61,7 @@ enum Verdict {
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let stage = run_stage(|vm, arguments| {
         let case = arguments.first().context("play what?")?;
-        println!(
-            "{}",
-            serde_json::to_string(&play(vm, &serde_json::from_str(case)?)?)?
-        );
+        println!("{}", serde_json::to_string(&play(vm, &serde_json::from_str(case)?)?)?);
         Ok(())
     });
     if let Some(code) = stage {
@@ -178,18 +175,12 @@ fn open_package(path: &Path) -> anyhow::Result<Opened> {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
         Package::Generator(program)
     } else {
-        ensure!(
-            start == *b"!<arch>\n",
-            "it is neither a Debian package nor a program"
-        );
+        ensure!(start == *b"!<arch>\n", "it is neither a Debian package nor a program");
         require("dpkg-deb", "dpkg")?;
         succeed(Command::new("dpkg-deb").arg("-x").args([path, &directory]))?;
         Package::Files(directory)
     };
-    Ok(Opened {
-        package,
-        _scratch: scratch,
-    })
+    Ok(Opened { package, _scratch: scratch })
 }
 
 /// An image that was tried under one WSL.
@@ -248,11 +239,7 @@ fn try_once(machine: &Machine, image: &Image, wsl: &Wsl, package: Option<Package
     let seen = serde_json::to_string(&case).map_err(anyhow::Error::from);
     let seen = seen.and_then(|case| machine.in_vm(&[&case]));
     let seen = seen.and_then(|printed| Ok(serde_json::from_str(&printed)?));
-    Tried {
-        wsl: wsl.clone(),
-        package: with,
-        seen: seen.map_err(|error| format!("{error:#}")),
-    }
+    Tried { wsl: wsl.clone(), package: with, seen: seen.map_err(|error| format!("{error:#}")) }
 }
 
 /// Tries it under each WSL, as many at a time as there are processors.
@@ -313,13 +300,7 @@ fn print_table(path: &Path, image: &Image, tried: &[Tried]) {
     let mut rows = vec![["WSL", "image"]
         .iter()
         .chain(&COLUMNS)
-        .chain(&[
-            "failed",
-            "longest gap",
-            "system",
-            "failed units",
-            "boot time",
-        ])
+        .chain(&["failed", "longest gap", "system", "failed units", "boot time"])
         .map(|name| (*name).to_owned())
         .collect::<Vec<_>>()];
     rows.extend(tried.iter().map(row));
@@ -357,9 +338,8 @@ fn print_columns(rows: &[Vec<String>]) {
     };
     for row in rows {
         let cells = row.iter().enumerate();
-        let cells: Vec<_> = cells
-            .map(|(column, cell)| format!("{cell:width$}", width = width(column)))
-            .collect();
+        let cells: Vec<_> =
+            cells.map(|(column, cell)| format!("{cell:width$}", width = width(column))).collect();
         println!("{}", cells.join("  ").trim_end());
     }
 }
@@ -380,16 +360,10 @@ fn row(tried: &Tried) -> Vec<String> {
     }
     row.push(format!("{failed} of {all}"));
     let lost = seen.occasions.iter().any(|occasion| !occasion.start);
-    row.push(if lost {
-        "for good".to_owned()
-    } else {
-        format!("{gap} ms")
-    });
+    row.push(if lost { "for good".to_owned() } else { format!("{gap} ms") });
     row.push(seen.state.clone());
-    let (ours, its): (Vec<_>, Vec<_>) = seen
-        .failed_units
-        .iter()
-        .partition(|failed| failed.because_of_the_simulation);
+    let (ours, its): (Vec<_>, Vec<_>) =
+        seen.failed_units.iter().partition(|failed| failed.because_of_the_simulation);
     row.push(match (its.len(), ours.len()) {
         (0, 0) => "none".to_owned(),
         (its, 0) => its.to_string(),

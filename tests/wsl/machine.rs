@@ -165,9 +165,7 @@ impl Machine {
     pub fn table() -> anyhow::Result<String> {
         let list = "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc \
                     && cd /proc/sys/fs/binfmt_misc && ls && cat $(ls | grep -v '^register$')";
-        let output = Command::new("unshare")
-            .args(["--mount", "sh", "-c", list])
-            .output()?;
+        let output = Command::new("unshare").args(["--mount", "sh", "-c", list]).output()?;
         ensure!(
             output.status.success(),
             "reading the machine's table: {}",
@@ -332,10 +330,8 @@ fn build_init(program: &Path) -> anyhow::Result<()> {
 
 /// Runs a command that must succeed; its output is in the error if it does not.
 pub fn succeed(command: &mut Command) -> anyhow::Result<()> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("starting {command:?}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("starting {command:?}"))?;
     ensure!(
         output.status.success(),
         "{command:?} ended with {}\n{}{}",

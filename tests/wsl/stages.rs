@@ -156,10 +156,7 @@ fn make_file(path: &str) -> anyhow::Result<()> {
         Ok(_) => fs::remove_file(path)?,
         Err(_) => {}
     }
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path);
+    let file = fs::OpenOptions::new().write(true).create_new(true).open(path);
     file.map(drop).with_context(|| format!("creating {path}"))
 }
 
@@ -168,9 +165,8 @@ fn make_file(path: &str) -> anyhow::Result<()> {
 /// that ask whether it can be written to.
 fn keep_from_the_machine(root: &str) -> anyhow::Result<()> {
     mount("none", &format!("{root}/sys"), "read-only", "")?;
-    let mut kept = ["bus", "fs", "irq", "sysrq-trigger"]
-        .map(|name| format!("{root}/proc/{name}"))
-        .to_vec();
+    let mut kept =
+        ["bus", "fs", "irq", "sysrq-trigger"].map(|name| format!("{root}/proc/{name}")).to_vec();
     for entry in fs::read_dir(format!("{root}/proc/sys"))? {
         let entry = entry?;
         if entry.file_name() != "net" {

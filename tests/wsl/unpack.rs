@@ -67,15 +67,11 @@ pub fn unpacked(archive: &Path, limit: u64) -> Result<Unpacked, Error> {
         return Ok(Unpacked { tree, lock });
     }
     // Whoever had it is gone, or was just as quick.
-    lock.relock(FlockArg::LockExclusive)
-        .context("locking the images")?;
+    lock.relock(FlockArg::LockExclusive).context("locking the images")?;
     let shared = |lock: Flock<File>| {
         let relocked = lock.relock(FlockArg::LockShared);
         relocked.context("locking the images")?;
-        Ok(Unpacked {
-            tree: tree.clone(),
-            lock,
-        })
+        Ok(Unpacked { tree: tree.clone(), lock })
     };
     if tree.exists() {
         return shared(lock);

@@ -64,12 +64,7 @@ impl Vm {
                 symlink(fs::read_link(&here)?, &there)?;
             } else if kind.is_dir() {
                 fs::create_dir(&there)?;
-                mount(
-                    &here.to_string_lossy(),
-                    &there.to_string_lossy(),
-                    "rbind",
-                    "",
-                )?;
+                mount(&here.to_string_lossy(), &there.to_string_lossy(), "rbind", "")?;
             }
         }
         nix::unistd::chroot(root)?;
