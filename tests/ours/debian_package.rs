@@ -152,6 +152,9 @@ impl DebianPackage {
     }
 }
 
+/// What only the tests make use of, which are run as the package is built where all is tested.
+const OF_TESTS: [&str; 5] = ["benches", "docs", "examples", "fuzz", "tests"];
+
 /// All files that the package is made of, and when they were changed.
 fn sources() -> anyhow::Result<String> {
     let mut list = String::new();
@@ -160,7 +163,8 @@ fn sources() -> anyhow::Result<String> {
         for entry in fs::read_dir(&directory)? {
             let entry = entry?;
             let (name, metadata) = (entry.file_name(), entry.metadata()?);
-            if name == "target" || name == ".git" {
+            let is_of_tests = OF_TESTS.iter().any(|of_tests| name == *of_tests);
+            if name == "target" || name == ".git" || is_of_tests && !extent::is_all() {
                 continue;
             }
             if metadata.is_dir() {

@@ -80,9 +80,9 @@ pub fn sample<T>(of: Vec<T>) -> Vec<T> {
 /// The extent in words, for whoever waits.
 pub fn in_words() -> &'static str {
     if is_all() {
-        "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault of the watcher"
+        "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
     } else {
-        "on systemd 247 and 257, the longest only on 257, races 100 times, every fourth fault of \
-         the watcher; WSL_TESTS=all does all of it"
+        "on systemd 247 and 257, the longest only on 257, races 100 times, every fourth fault; \
+         WSL_TESTS=all does all of it"
     }
 }

@@ -19,8 +19,8 @@ use wsl_vm::{debian, Builder, Machine, Needs, Vm};
 /// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
 pub const PACKAGES: &[&str] = &["python3-minimal", "binfmt-support", "man-db"];
 
-/// How long a hammer lets others work after each launch while a distro leads its life, which several
-/// do at once. What stock distros lose lasts longer.
+/// How long a hammer lets others work after each launch, where that is not about instants. What stock
+/// distros lose lasts longer.
 pub const PAUSE: Duration = Duration::from_millis(2);
 
 const BINFMT_SUPPORT: &str = "binfmt-support.service";

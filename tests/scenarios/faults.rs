@@ -289,6 +289,7 @@ fn each(
     before(vm)?;
     let faults = strace::faults(&program(), Path::new(LOG))?;
     let right = state(vm)?;
+    let faults = extent::sample(faults);
     let tried = strace::try_all(&faults, [vm], |vm, fault| {
         before(vm)?;
         let started = vm.launch() == "starts";
@@ -446,6 +447,7 @@ fn status(vm: &Vm) -> anyhow::Result<()> {
     let mut faults = strace::faults_of(&fs::read_to_string(LOG)?);
     faults.retain(|fault| !fault.kills);
     ensure!(faults.len() > 40, "{}", faults.len());
+    let faults = extent::sample(faults);
     let tried = strace::try_all(&faults, [(); 2], |(), fault| {
         let output = fault.put_into(&program).output()?;
         let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();

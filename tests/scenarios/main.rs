@@ -32,7 +32,6 @@ mod strace;
 mod verbs;
 mod watch;
 
-use std::collections::HashSet;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
@@ -156,16 +155,54 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
     Ok(())
 }
 
-/// All tests: the arguments for `play`, and what to make of the answer.
+/// All checks with their names, in the order in which they are begun.
+fn checks() -> Vec<(String, Check)> {
+    let in_vm =
+        |name: &'static str| -> Check { Box::new(move |machine| machine.in_vm(&[name]).map(drop)) };
+    let mut all: Vec<(String, Check)> = Vec::new();
+    // First, so that others are played meanwhile.
+    for (name, check) in debian_build::DEBIAN_BUILD {
+        all.push(((*name).to_owned(), Box::new(|_| check(&*package()?))));
+    }
+    let mut tests =
+        TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
+    let mut played = scenarios().flat_map(|(scenario, suite)| {
+        [("stock", false), ("ours", true)].map(|(whose, ours)| {
+            let name = format!("{}: {suite}, {whose}", scenario.name);
+            let check: Check = Box::new(move |machine| check(machine, scenario, suite, ours));
+            (name, check)
+        })
+    });
+    // The former mostly wait, the latter keep the machine busy: in turn they do both.
+    loop {
+        let pair = [tests.next(), played.next()];
+        if pair.iter().all(Option::is_none) {
+            break;
+        }
+        all.extend(pair.into_iter().flatten());
+    }
+    for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
+        let check = in_vm(name);
+        all.push((
+            name.to_string(),
+            Box::new(move |machine| package().and_then(|_| check(machine))),
+        ));
+    }
+    // Last, so that nothing waits for them.
+    all.sort_by_key(|(name, _)| ALONE.contains(&&**name));
+    for listed in ALONE.iter().chain(LONG) {
+        assert!(all.iter().any(|(name, _)| name == listed), "{listed}?");
+    }
+    all.retain(|(name, _)| extent::is_all() || !LONG.contains(&&**name));
+    all
+}
+
+/// The tests, numbered.
 fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
     static QUIET: RwLock<()> = RwLock::new(());
-    let mut trials = Vec::new();
-    let mut listed: HashSet<_> = ALONE.iter().chain(LONG).copied().collect();
-    let mut add = |name: String, check: Check| {
-        listed.remove(&*name);
-        if LONG.contains(&&*name) && !extent::is_all() {
-            return;
-        }
+    let checks = checks();
+    let all = checks.len();
+    let trial = |(at, (name, check)): (usize, (String, Check))| {
         let alone = ALONE.contains(&&*name);
         let run = move || {
             let machine = machine.ok_or("there is no VM to play in")?;
@@ -179,36 +216,11 @@ fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
             };
             checked.map_err(|error| Failed::from(format!("{error:#}")))
         };
-        trials.push(Trial::test(name, run).with_ignored_flag(machine.is_none()));
+        Trial::test(name, run)
+            .with_kind(format!("{} of {all}", at + 1))
+            .with_ignored_flag(machine.is_none())
     };
-    // First, so that others are played meanwhile.
-    for (name, check) in debian_build::DEBIAN_BUILD {
-        let check = |_: &Machine| check(&*package()?);
-        add((*name).to_owned(), Box::new(check));
-    }
-    for (name, _) in TESTS.iter().copied().flatten() {
-        let check = |machine: &Machine| machine.in_vm(&[name]).map(drop);
-        add((*name).to_owned(), Box::new(check));
-    }
-    for (scenario, suite) in scenarios() {
-        for (whose, ours) in [("stock", false), ("ours", true)] {
-            add(
-                format!("{}: {suite}, {whose}", scenario.name),
-                Box::new(move |machine| check(machine, scenario, suite, ours)),
-            );
-        }
-    }
-    for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
-        let check = |machine: &Machine| {
-            package()?;
-            machine.in_vm(&[name]).map(drop)
-        };
-        add((*name).to_owned(), Box::new(check));
-    }
-    assert!(listed.is_empty(), "{listed:?}?");
-    let all = trials.len();
-    let numbered = trials.into_iter().enumerate();
-    numbered.map(|(at, trial)| trial.with_kind(format!("{} of {all}", at + 1))).collect()
+    checks.into_iter().enumerate().map(trial).collect()
 }
 
 type Check = Box<dyn FnOnce(&Machine) -> anyhow::Result<()> + Send>;

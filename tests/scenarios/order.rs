@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::ensure;
 use wsl_vm::{Vm, WSL_INTEROP};
 
+use crate::ours::extent::rounds;
 use crate::ours::Run;
 use crate::verbs::Test;
 
@@ -135,19 +136,19 @@ pub const ORDER: &[Test] = &[
     }),
     ("re-ordering leaves no instant without an entry", |vm| {
         let hammer = vm.hammer();
-        for _ in 0..1000 {
+        for _ in 0..rounds() {
             // The hammer's program is not called so: only a missing entry keeps it from starting.
             vm.register(":rival:E::exe::/bin/echo:")?;
             restore(vm)?;
             vm.write("rival", "-1")?;
         }
         let launches = hammer.stop();
-        ensure!(launches.started > 500 && launches.failed == 0, "{launches:?}");
+        ensure!(launches.started > rounds() / 2 && launches.failed == 0, "{launches:?}");
         Ok(())
     }),
     ("a lost F is regained, and leaves no instant without an entry", |vm| {
         let hammer = vm.hammer();
-        for _ in 0..1000 {
+        for _ in 0..rounds() {
             // As another tool does it that knows of P only, but with no gap of its own.
             vm.register(":tool:M::MZ::/init:P")?;
             vm.write("WSLInterop", "-1")?;
@@ -158,7 +159,7 @@ pub const ORDER: &[Test] = &[
             ensure!(entry == "enabled, interpreter /init, flags: PF", "{entry}");
         }
         let launches = hammer.stop();
-        ensure!(launches.started > 500 && launches.failed == 0, "{launches:?}");
+        ensure!(launches.started > rounds() / 2 && launches.failed == 0, "{launches:?}");
         Ok(())
     }),
     ("the second entry of older WSL goes once the first stands", |vm| {
