@@ -53,7 +53,7 @@ impl DebianPackage {
         let directory = directory()?;
         let package = DebianPackage { tree, directory };
         let recipe = package.directory.join("recipe");
-        let wanted = format!("{packages}\n{}", sources()?);
+        let wanted = format!("{packages}\n{}\n{}", include_str!("debian_package.rs"), sources()?);
         if fs::read_to_string(&recipe).is_ok_and(|text| text == wanted) {
             return Ok(package);
         }
@@ -91,7 +91,9 @@ impl DebianPackage {
             cd "$name"
             export DEB_BUILD_OPTIONS=OPTIONS
             dpkg-buildpackage --unsigned-source --unsigned-changes
-            rm -r obj-*"#;
+            rm -r obj-*
+            cd ..
+            lintian --allow-root *.changes >lintian 2>&1 || echo "exit status $?" >>lintian"#;
         // With them it runs the tests that have been run before this.
         let options = if extent::is_all() { "" } else { "nocheck" };
         self.run(&unpack.replace("OPTIONS", options))?;

@@ -62,6 +62,14 @@ pub fn of(suites: &[&'static str]) -> Vec<&'static str> {
     suites
 }
 
+/// The same of what takes longer.
+pub fn newest(suites: &[&'static str]) -> Vec<&'static str> {
+    let [_, newest] = USUAL;
+    let mut suites = suites.to_vec();
+    suites.retain(|suite| is_all() || *suite == newest);
+    suites
+}
+
 /// How often a race is run.
 pub fn rounds() -> u32 {
     if is_all() {

@@ -13,8 +13,7 @@ use crate::ours::{extent, project};
 pub const DEBIAN_BUILD: &[Check] = &[
     ("the Debian package is built offline, with the oldest supported Rust", built_offline),
     ("the Debian package is one that lintian has nothing to say of", |package| {
-        let lintian = "cd /build; lintian --allow-root --fail-on error,warning *.changes";
-        assert_eq!(package.run(lintian)?, "");
+        assert_eq!(package.run("cat /build/lintian")?, "");
         Ok(())
     }),
     ("the Debian package is cross-built for the other architecture of WSL", cross_built),

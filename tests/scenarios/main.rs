@@ -52,15 +52,19 @@ const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 /// Scenarios, and the Debian suites that they are played on.
 const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (promises::SCENARIOS, SUITES),
-    (generations::SCENARIOS, SUITES),
-    (generations::LOCK, &["bookworm", "trixie", "forky"]),
     (generations::LOCK_BEFORE_250, &["bullseye"]),
-    (ends::ENDS, SUITES),
     (release::RELEASE, &["bookworm", "trixie"]),
     (packages::SCENARIOS, packages::SUITES),
     (security::UNITS, SUITES),
     (soft_spots::SOFT_SPOTS, &["trixie"]),
     (soft_spots::SOFT_REBOOT, &["trixie", "forky"]),
+];
+
+/// The same, which take longer.
+const LONG_SCENARIOS: &[(&[Scenario], &[&str])] = &[
+    (generations::SCENARIOS, SUITES),
+    (generations::LOCK, &["bookworm", "trixie", "forky"]),
+    (ends::ENDS, SUITES),
 ];
 
 /// Tests in a VM, in which they boot distros or none. The longest come first.
@@ -83,12 +87,8 @@ const TESTS: &[&[Test]] = &[
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
 
 /// Those that are played only where all is: they take long, and there is another one like them.
-const LONG: &[&str] = &[
-    "distros that WSL terminates: bullseye, stock",
-    "distros that WSL terminates: bullseye, ours",
-    "neighbours: WSL that does nothing for interop",
-    "neighbours: WSL with a lock",
-];
+const LONG: &[&str] =
+    &["neighbours: WSL that does nothing for interop", "neighbours: WSL with a lock"];
 
 /// Those that measure time, or make the machine busy.
 const ALONE: &[&str] =
@@ -108,11 +108,12 @@ fn package() -> anyhow::Result<Arc<DebianPackage>> {
 
 /// Each scenario on each suite.
 fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static str)> {
-    SCENARIOS.iter().flat_map(|(scenarios, suites)| {
-        scenarios.iter().flat_map(|scenario| {
-            let suites = extent::of(suites).into_iter();
-            suites.map(move |suite| (scenario, suite))
-        })
+    let usual = SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::of(suites)));
+    let long = LONG_SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::newest(suites)));
+    usual.chain(long).flat_map(|(scenarios, suites)| {
+        let on_each =
+            move |scenario| suites.clone().into_iter().map(move |suite| (scenario, suite));
+        scenarios.iter().flat_map(on_each)
     })
 }
 
