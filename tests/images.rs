@@ -49,7 +49,7 @@ fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyho
                 {made}
                 status=0; ../links/wsl-vm --limit 100000000 image >said 2>&1 || status=$?
                 echo status $status
-                grep -v -e 'unpacking it' -e '^$' said
+                grep -v -e 'unpacking it' -e 'waiting until' -e '^$' said
                 ls -A outside"#
             ),
         )?;
