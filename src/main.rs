@@ -75,9 +75,6 @@ Exit status: 0 success or nothing to do, 1 failure (status: something is wrong),
 See also: man 8 wsl-binfmt-generator
 ";
 
-/// What every wrong use is told.
-const FORMS: &str = "expected a verb, or one or three directories, each with a slash (./x)";
-
 /// One invocation.
 #[derive(Debug, PartialEq)]
 enum Action {
@@ -118,8 +115,9 @@ fn parse(arguments: &[String]) -> Result<Action, String> {
         ["status", "--json"] => Ok(Action::Status { json: true }),
         ["-h" | "--help"] => Ok(Action::Help),
         ["-V" | "--version"] => Ok(Action::Version),
-        [] => Err(format!("no arguments: {FORMS}")),
-        unknown => Err(format!("wrong arguments '{}': {FORMS}", unknown.join(" "))),
+        [] => Err("no arguments".to_owned()),
+        [word] => Err(format!("unknown verb '{word}' (a directory needs a slash: './{word}')")),
+        all => Err(format!("wrong arguments '{}'", all.join(" "))),
     }
 }
 

@@ -15,6 +15,10 @@ use wsl_vm::{Machine, Needs};
 use ours::extent;
 use shell::{have_programs, scratch, sh};
 
+/// All at once, as two programs that install something disturb each other.
+const PROGRAMS: &str =
+    "bsdtar:libarchive-tools gzip:gzip mmdebstrap:mmdebstrap setfattr:attr tar:tar";
+
 /// How each is made in an empty directory, and what is said of it, after its name.
 const HOSTILE: &[(&str, &str)] = &[
     ("mkdir image", "there is no /sbin/init in it"),
@@ -66,12 +70,8 @@ fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
     if !can_be_tried()? {
         return Ok(());
     }
-    // The one below is of Debian 13.
-    let suites: &[_] = match extent::is_all() {
-        true => &["bullseye", "bookworm", "trixie", "forky"],
-        false => &["bullseye"],
-    };
-    Machine::prepare(&Needs { suites, packages: ours::PACKAGES, ..Needs::default() })?;
+    let suites = extent::of_long(&["bullseye", "bookworm", "trixie", "forky"]);
+    Machine::prepare(&Needs { suites: &suites, packages: ours::PACKAGES, ..Needs::default() })?;
     for suite in suites {
         // Stock, under a WSL that does nothing for interop.
         let output = sh(
@@ -116,10 +116,7 @@ in two lines" etc/$(printf 'b\374cher')
 
 #[test]
 fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow::Result<()> {
-    if !can_be_tried()? {
-        return Ok(());
-    }
-    if !have_programs("bsdtar:libarchive-tools setfattr:attr")? {
+    if !extent::has("AN IMAGE WITH LABELS, NODES AND FAR USERS IS")? || !can_be_tried()? {
         return Ok(());
     }
     Machine::prepare(&Needs { suites: &["trixie"], packages: ours::PACKAGES, ..Needs::default() })?;
@@ -135,7 +132,7 @@ fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow:
 /// Builds the program, once, or says loudly where it cannot run; in CI that is a failure.
 fn can_be_tried() -> anyhow::Result<bool> {
     static BUILT: Mutex<bool> = Mutex::new(false);
-    if !Machine::is_had_for("IMAGES ARE")? || !have_programs("gzip:gzip tar:tar")? {
+    if !Machine::is_had_for("IMAGES ARE")? || !have_programs(PROGRAMS)? {
         return Ok(false);
     }
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,6 +3,7 @@
 //! a change.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::UNIX_EPOCH;
@@ -52,9 +53,13 @@ impl DebianPackage {
         let tree = tree(&trees, "trixie", packages, foreign)?;
         let directory = directory()?;
         let package = DebianPackage { tree, directory };
-        let recipe = package.directory.join("recipe");
-        let wanted = format!("{packages}\n{}\n{}", include_str!("debian_package.rs"), sources()?);
-        if fs::read_to_string(&recipe).is_ok_and(|text| text == wanted) {
+        let recipe = package.tree.join("build/recipe");
+        let (product, tests) = sources()?;
+        let product = format!("{packages}\n{}\n{product}", include_str!("debian_package.rs"));
+        // Where all is tested, the tests have been run as it was built.
+        let wanted = if extent::is_all() { product + TESTED + &tests } else { product };
+        let made_of = fs::read_to_string(&recipe).unwrap_or_default();
+        if made_of == wanted || made_of.starts_with(&(wanted.clone() + TESTED)) {
             return Ok(package);
         }
         eprintln!("building the Debian package, about a minute ...");
@@ -65,6 +70,10 @@ impl DebianPackage {
 
     fn build(&self) -> anyhow::Result<()> {
         let build = self.tree.join("build");
+        // First, or after an interrupted run it would tell of what is half gone.
+        if let Err(error) = fs::remove_file(build.join("recipe")) {
+            ensure!(error.kind() == ErrorKind::NotFound, "{error}");
+        }
         for old in [&build, &self.directory] {
             if old.exists() {
                 fs::remove_dir_all(old)?;
@@ -154,31 +163,35 @@ impl DebianPackage {
     }
 }
 
-/// What only the tests make use of, which are run as the package is built where all is tested.
-const OF_TESTS: [&str; 5] = ["benches", "docs", "examples", "fuzz", "tests"];
+/// Comes before the files of tests, in the recipe of a package that was built where all is tested.
+const TESTED: &str = "\nand its tests:\n";
 
-/// All files that the package is made of, and when they were changed.
-fn sources() -> anyhow::Result<String> {
-    let mut list = String::new();
+/// All files that the package is made of, and when they were changed; and the same of the Rust files
+/// of tests, which make no difference to it, but are run as it is built.
+fn sources() -> anyhow::Result<(String, String)> {
+    let (mut product, mut tests) = (Vec::new(), Vec::new());
     let mut directories = vec![project().to_owned()];
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(&directory)? {
             let entry = entry?;
             let (name, metadata) = (entry.file_name(), entry.metadata()?);
-            let is_of_tests = OF_TESTS.iter().any(|of_tests| name == *of_tests);
-            if name == "target" || name == ".git" || is_of_tests && !extent::is_all() {
+            if name == "target" || name == ".git" {
                 continue;
             }
             if metadata.is_dir() {
                 directories.push(entry.path());
-            } else {
-                let changed = metadata.modified()?.duration_since(UNIX_EPOCH);
-                let changed = changed.context("a file from before 1970")?.as_nanos();
-                list += &format!("{} {changed}\n", entry.path().display());
+                continue;
             }
+            let changed = metadata.modified()?.duration_since(UNIX_EPOCH);
+            let changed = changed.context("a file from before 1970")?.as_nanos();
+            let path = entry.path();
+            let path = path.strip_prefix(project())?;
+            let is_product = path.starts_with("src") || path.extension() != Some("rs".as_ref());
+            let list = if is_product { &mut product } else { &mut tests };
+            list.push(format!("{} {changed}", path.display()));
         }
     }
-    let mut lines: Vec<_> = list.lines().collect();
-    lines.sort_unstable();
-    Ok(lines.join("\n"))
+    product.sort_unstable();
+    tests.sort_unstable();
+    Ok((product.join("\n"), tests.join("\n")))
 }

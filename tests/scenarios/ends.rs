@@ -10,11 +10,17 @@ use crate::stand_in::RUNNING;
 pub const ENDS: &[Scenario] = &[Scenario {
     name: "distros that WSL terminates",
     play: |setting| {
-        let mut play =
-            Play { setting, peer: setting.peer().boot()?, seen: Vec::new(), failed_launches: 0 };
+        let mut play = Play {
+            setting,
+            peer: setting.peer().boot()?,
+            seen: Vec::new(),
+            launches: 0,
+            failed_launches: 0,
+        };
         for generation in Generation::ALL {
             play.life(generation)?;
         }
+        ensure!(play.launches > 300, "too few launches to tell: {}", play.launches);
         let failed = play.failed_launches > 0;
         play.seen.push(format!("launches failed: {failed}"));
         Ok(play.seen)
@@ -69,6 +75,7 @@ struct Play<'s> {
     setting: &'s Setting<'s>,
     peer: Distro,
     seen: Vec<String>,
+    launches: u32,
     failed_launches: u32,
 }
 
@@ -80,7 +87,8 @@ impl<'s> Play<'s> {
             .file(SLOW_PATH, SLOW)
             .link(SLOW_WANTED, SLOW_PATH)
             .boot()?;
-        self.at(generation, "killed", || mine.terminate())?;
+        let ended = self.at(generation, "killed", || mine.terminate())?;
+        ensure!(!ended, "{generation:?}: not killed");
         let mine = self.distro(generation, "second");
         let mine = self.at(generation, "booted again", || mine.boot())?;
         if self.setting.ours {
@@ -88,7 +96,8 @@ impl<'s> Play<'s> {
             ensure!(mine.launch() == "starts", "{generation:?}: not in it");
         }
         if matches!(generation, Generation::Dropin | Generation::Lock) {
-            self.at(generation, "powered off", || mine.terminate())?;
+            let ended = self.at(generation, "powered off", || mine.terminate())?;
+            ensure!(ended, "{generation:?}: killed");
         } else {
             mine.kill();
         }
@@ -117,7 +126,9 @@ impl<'s> Play<'s> {
         self.setting.vm.renew_interop()?;
         let hammer = self.setting.vm.hammer_with_pauses(PAUSE);
         let result = event();
-        self.failed_launches += hammer.stop().failed;
+        let launches = hammer.stop();
+        self.launches += launches.all();
+        self.failed_launches += launches.failed;
         let printed = self.peer.run(PROGRAM);
         let rule = match printed.split_once(" [") {
             Some((which, _)) => format!("is of the {which} boot"),

@@ -22,7 +22,8 @@ fn play(setting: &Setting, generation: Generation) -> anyhow::Result<Vec<String>
     Ok(life.lines())
 }
 
-pub const SCENARIOS: &[Scenario] = &[
+/// Whole lives.
+pub const LIVES: &[Scenario] = &[
     scenario("WSL that does nothing for interop", |setting| play(setting, Generation::None), NONE),
     scenario("WSL with a one-shot unit", |setting| play(setting, Generation::Oneshot), ONESHOT),
     scenario(
@@ -31,6 +32,9 @@ pub const SCENARIOS: &[Scenario] = &[
         DROPIN_LATE,
     ),
     scenario("WSL with drop-ins", |setting| play(setting, Generation::Dropin), DROPIN),
+];
+
+pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "WSL with drop-ins, told not to protect",
         play: |setting| {

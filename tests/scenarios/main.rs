@@ -52,6 +52,7 @@ const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 /// Scenarios, and the Debian suites that they are played on.
 const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (promises::SCENARIOS, SUITES),
+    (generations::SCENARIOS, SUITES),
     (generations::LOCK_BEFORE_250, &["bullseye"]),
     (release::RELEASE, &["bookworm", "trixie"]),
     (packages::SCENARIOS, packages::SUITES),
@@ -62,7 +63,7 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
 
 /// The same, which take longer.
 const LONG_SCENARIOS: &[(&[Scenario], &[&str])] = &[
-    (generations::SCENARIOS, SUITES),
+    (generations::LIVES, SUITES),
     (generations::LOCK, &["bookworm", "trixie", "forky"]),
     (ends::ENDS, SUITES),
 ];
@@ -86,7 +87,7 @@ const TESTS: &[&[Test]] = &[
 /// Tests that need the Debian package.
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
 
-/// Those that are played only where all is: they take long, and there is another one like them.
+/// Those that are left out by default: they take long, and there is another one like them.
 const LONG: &[&str] =
     &["neighbours: WSL that does nothing for interop", "neighbours: WSL with a lock"];
 
@@ -109,7 +110,8 @@ fn package() -> anyhow::Result<Arc<DebianPackage>> {
 /// Each scenario on each suite.
 fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static str)> {
     let usual = SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::of(suites)));
-    let long = LONG_SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::newest(suites)));
+    let long =
+        LONG_SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::of_long(suites)));
     usual.chain(long).flat_map(|(scenarios, suites)| {
         let on_each =
             move |scenario| suites.clone().into_iter().map(move |suite| (scenario, suite));
@@ -156,15 +158,18 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
     Ok(())
 }
 
-/// All checks with their names, in the order in which they are begun.
-fn checks() -> Vec<(String, Check)> {
+/// The checks with their names, in the order in which they are begun. By default what takes long is
+/// left out, and the Debian package; not from the `whole`.
+fn checks(whole: bool) -> Vec<(String, Check)> {
     let in_vm =
         |name: &'static str| -> Check { Box::new(move |machine| machine.in_vm(&[name]).map(drop)) };
     let mut all: Vec<(String, Check)> = Vec::new();
-    // First, so that others are played meanwhile.
-    for (name, check) in debian_build::DEBIAN_BUILD {
-        all.push(((*name).to_owned(), Box::new(|_| check(&*package()?))));
-    }
+    let of_package = |(name, check): &'static debian_build::Check| -> (String, Check) {
+        ((*name).to_owned(), Box::new(|_| check(&*package()?)))
+    };
+    // First, so that others are played while it is built.
+    let (first, others) = debian_build::DEBIAN_BUILD.split_at(1);
+    all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
     let mut played = scenarios().flat_map(|(scenario, suite)| {
@@ -182,26 +187,26 @@ fn checks() -> Vec<(String, Check)> {
         }
         all.extend(pair.into_iter().flatten());
     }
-    for (name, _) in WITH_PACKAGE.iter().copied().flatten() {
+    let installed = WITH_PACKAGE.iter().copied().flatten().map(|(name, _)| {
         let check = in_vm(name);
-        all.push((
-            name.to_string(),
-            Box::new(move |machine| package().and_then(|_| check(machine))),
-        ));
-    }
+        let check: Check = Box::new(move |machine| package().and_then(|_| check(machine)));
+        (name.to_string(), check)
+    });
+    all.extend(others.iter().map(of_package).chain(installed).filter(|_| whole));
     // Last, so that nothing waits for them.
     all.sort_by_key(|(name, _)| ALONE.contains(&&**name));
     for listed in ALONE.iter().chain(LONG) {
         assert!(all.iter().any(|(name, _)| name == listed), "{listed}?");
     }
-    all.retain(|(name, _)| extent::is_all() || !LONG.contains(&&**name));
+    all.retain(|(name, _)| whole || !LONG.contains(&&**name));
     all
 }
 
 /// The tests, numbered.
-fn trials(machine: Option<&'static Machine>) -> Vec<Trial> {
+fn trials(arguments: &Arguments, machine: Option<&'static Machine>) -> Vec<Trial> {
     static QUIET: RwLock<()> = RwLock::new(());
-    let checks = checks();
+    // Who names some, or asks for the names, means all.
+    let checks = checks(extent::is_all() || arguments.filter.is_some() || arguments.list);
     let all = checks.len();
     let trial = |(at, (name, check)): (usize, (String, Check))| {
         let alone = ALONE.contains(&&*name);
@@ -233,17 +238,20 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     if arguments.list {
-        return libtest_mimic::run(&arguments, trials(None)).exit_code();
+        return libtest_mimic::run(&arguments, trials(&arguments, None)).exit_code();
     }
     if let Some(lack) = Machine::lacks() {
         eprintln!("\nNO SCENARIO CAN BE PLAYED HERE: {lack}\n");
         if std::env::var_os("CI").is_some() {
             return ExitCode::FAILURE;
         }
-        return libtest_mimic::run(&arguments, trials(None)).exit_code();
+        return libtest_mimic::run(&arguments, trials(&arguments, None)).exit_code();
     }
     eprintln!("\n{}", extent::in_words());
     let prepared = ours::prepare(&extent::of(SUITES)).and_then(|machine| {
+        if arguments.filter.is_none() {
+            extent::has("THE DEBIAN PACKAGE IS")?;
+        }
         download_packages(&extent::of(packages::SUITES))?;
         wsl_vm::debian::require("jsonschema", "python3-jsonschema")?;
         Ok(machine)
@@ -259,7 +267,7 @@ fn main() -> ExitCode {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads.get_or_insert(2 * processors);
     let before = Machine::table();
-    let conclusion = libtest_mimic::run(&arguments, trials(Some(machine)));
+    let conclusion = libtest_mimic::run(&arguments, trials(&arguments, Some(machine)));
     match (before, Machine::table()) {
         // VMs end with entries in their tables: had one been the machine's, they would be there.
         (Ok(before), Ok(after)) if before == after => conclusion.exit_code(),

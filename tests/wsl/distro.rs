@@ -427,19 +427,18 @@ impl Distro {
     }
 
     /// Its end as WSL makes it, at `wsl --terminate` and when it is idle: systemd is asked to shut
-    /// down, and what then still runs is killed, after a while or at once. WSL kills by reboot(2)
-    /// in the distro, which ends PID 1 and all others with it; here that comes from outside, and
-    /// some milliseconds later. Before 2.9.3 WSL kills at once if systemctl fails, which is not so
-    /// here.
-    pub fn terminate(mut self) -> anyhow::Result<()> {
-        if let Some(patience) = self.patience {
-            self.systemctl(&["poweroff"]);
-            self.is_gone_within(patience)?;
-        } else {
+    /// down, and what then still runs is killed, after a while or at once. Returns whether it had
+    /// ended by itself. WSL kills by reboot(2) in the distro, which ends PID 1 and all others with
+    /// it; here that comes from outside, and some milliseconds later. Up to 2.9.1 WSL kills at once
+    /// if systemctl fails, which is not so here.
+    pub fn terminate(mut self) -> anyhow::Result<bool> {
+        let Some(patience) = self.patience else {
             self.systemctl(&["reboot"]);
-        }
-        self.kill();
-        Ok(())
+            self.kill();
+            return Ok(false);
+        };
+        self.systemctl(&["poweroff"]);
+        self.is_gone_within(patience)
     }
 
     /// `systemctl poweroff`, which may take as long as it does.
