@@ -28,6 +28,7 @@ mod mounts;
 mod own;
 mod plan;
 mod repair;
+mod reports;
 mod units;
 mod verbs;
 mod wsl;

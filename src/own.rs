@@ -328,9 +328,8 @@ impl Record {
         let (mut deeds, mut errors) = (Vec::new(), Vec::new());
         for own in std::mem::take(&mut self.rules) {
             let name = own.name().to_owned();
-            // One of our processes was killed while moving it.
             let stand_in = stand_in_of(&name);
-            let unfinished = is_name(&stand_in) && !matches!(table.inode(&stand_in), Ok(None));
+            let unfinished = is_left(table, &stand_in);
             let vanished = own.inode != GONE && !flushed && !unfinished;
             let healed = match table.inode(&name) {
                 Ok(None)
@@ -389,6 +388,11 @@ const START: i128 = 1_000_000_000;
 
 fn nanoseconds((seconds, nanoseconds): Time) -> i128 {
     i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
+}
+
+/// Whether this stand-in was left by one of our processes that was killed while moving an entry.
+fn is_left(table: &Table, stand_in: &str) -> bool {
+    is_name(stand_in) && !matches!(table.inode(stand_in), Ok(None))
 }
 
 /// Handles an own rule whose place another entry has taken.

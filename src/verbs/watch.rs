@@ -4,25 +4,21 @@
 //! Everything else waits until the writing stops: a registration that others are about to make must
 //! not fail because we have just taken the name.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Error};
-use nix::errno::Errno;
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::binfmt_misc::{is_failed_call, Table};
-use crate::host::{Host, BINFMT_MISC, MOUNTS};
+use crate::host::Host;
 use crate::log::Log;
 use crate::repair::{self, Pending};
+use crate::reports::{Change, Reports};
 
 /// How long the table must have been quiet before it is settled. Each watcher adds a random time,
 /// up to a third of this, so that one does the work and the others find it done.
@@ -73,17 +69,6 @@ pub fn watch(host: &Host, log: &Log) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-}
-
-/// The changes to the table since the last look.
-#[derive(Default)]
-struct Change {
-    /// Whether there were any.
-    wrote: bool,
-    /// Whether the table may have been emptied, or anything else may have happened.
-    flushed: bool,
-    /// The files in it that were written to.
-    names: Vec<String>,
 }
 
 /// A series of writes to the table.
@@ -345,103 +330,4 @@ fn catch_signals() -> nix::Result<SignalFd> {
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)
-}
-
-/// The kernel's reports: writes to the table, or new mounts while there is no table.
-#[derive(Default)]
-struct Reports {
-    inotify: Option<Inotify>,
-    mounts: Option<File>,
-}
-
-impl Reports {
-    /// Sleeps until the given time, or if `all`, until something changes. Returns false on a signal
-    /// to stop.
-    fn wait(&self, signals: &SignalFd, until: Option<Instant>, all: bool) -> nix::Result<bool> {
-        let signal = PollFd::new(signals.as_fd(), PollFlags::POLLIN);
-        let mounts = self.mounts.as_ref();
-        let mounts = mounts.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLPRI));
-        let inotify = self.inotify.as_ref();
-        let inotify = inotify.map(|inotify| PollFd::new(inotify.as_fd(), PollFlags::POLLIN));
-        let mut awaited = vec![signal];
-        awaited.extend(mounts.or(inotify).filter(|_| all));
-        loop {
-            let timeout = match until {
-                None => PollTimeout::NONE,
-                // Rounded up, or it would wake just before that time.
-                Some(until) => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    let left = left + Duration::from_micros(999);
-                    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-                }
-            };
-            match poll(&mut awaited, timeout) {
-                Err(Errno::EINTR) => continue,
-                result => result?,
-            };
-            let to_go = awaited.first().and_then(PollFd::any);
-            return Ok(!to_go.unwrap_or_default());
-        }
-    }
-
-    /// Returns the changes since the last call. Starts watching again if the table was not mounted
-    /// before, or has been unmounted.
-    ///
-    /// # Errors
-    /// The kernel cannot report changes at present.
-    fn take(&mut self, host: &Host) -> anyhow::Result<Change> {
-        let mut change = Change::default();
-        let mut lost = self.inotify.is_none();
-        while let Some(inotify) = &self.inotify {
-            let events = match inotify.read_events() {
-                Ok(events) => events,
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => break,
-                Err(error) => {
-                    self.inotify = None;
-                    return Err(error).context("reading from inotify");
-                }
-            };
-            for event in events {
-                let overflown = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
-                let name = event.name.unwrap_or_default().to_string_lossy().into_owned();
-                let of_status = name == "status";
-                change.wrote = true;
-                change.flushed |= overflown || of_status;
-                change.names.extend(Some(name).filter(|name| name != "register"));
-                lost |= event.mask.contains(AddWatchFlags::IN_IGNORED);
-            }
-        }
-        if lost {
-            self.inotify = None;
-            self.begin(host)?;
-            // Anything may have happened unreported.
-            change.wrote |= self.inotify.is_some();
-            change.flushed = true;
-        }
-        Ok(change)
-    }
-
-    /// Starts watching the table, or the mounts if there is no table.
-    fn begin(&mut self, host: &Host) -> anyhow::Result<()> {
-        // Before looking for the table, so that no later mount is missed.
-        let mounts = host.path(MOUNTS);
-        self.mounts = Some(File::open(&mounts).with_context(|| format!("opening {mounts}"))?);
-        if let Err(error) = Table::open(host) {
-            return match is_failed_call(&error) {
-                true => Err(error),
-                false => Ok(()),
-            };
-        }
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
-            .context("starting inotify")?;
-        // Not IN_CLOSE_WRITE: our own lock opens a file of the table.
-        let directory = host.path(BINFMT_MISC);
-        inotify
-            .add_watch(directory.as_str(), AddWatchFlags::IN_MODIFY)
-            .with_context(|| format!("watching {directory} by inotify"))?;
-        self.inotify = Some(inotify);
-        self.mounts = None;
-        Ok(())
-    }
 }
