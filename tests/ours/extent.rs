@@ -8,7 +8,9 @@ use std::io::{self, Write};
 use anyhow::ensure;
 
 /// Debian 11 and 13: systemd 247, the oldest that is supported, and 257.
-const USUAL: [&str; 2] = ["bullseye", "trixie"];
+const USUAL: [&str; 2] = ["bullseye", NEWEST];
+/// The one for what takes longer, and for controls.
+pub const NEWEST: &str = "trixie";
 
 /// Whether all is, but for what takes many minutes.
 pub fn is_all() -> bool {
@@ -62,11 +64,10 @@ pub fn of(suites: &[&'static str]) -> Vec<&'static str> {
     suites
 }
 
-/// The same of what takes longer: the newest of the usual ones.
+/// The same of what takes longer.
 pub fn of_long(suites: &[&'static str]) -> Vec<&'static str> {
-    let [_, newest] = USUAL;
     let mut suites = suites.to_vec();
-    suites.retain(|suite| is_all() || *suite == newest);
+    suites.retain(|suite| is_all() || *suite == NEWEST);
     assert!(!suites.is_empty(), "nothing of it is played by default");
     suites
 }
@@ -92,7 +93,7 @@ pub fn in_words() -> &'static str {
     if is_all() {
         "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
     } else {
-        "on systemd 247 and 257, the longest only on 257, races 100 times, every fifth fault; \
+        "on systemd 247 and 257, controls and the longest only on 257, races 100 times, every fifth fault; \
          WSL_TESTS=all does all of it"
     }
 }
