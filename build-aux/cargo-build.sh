@@ -15,9 +15,10 @@ rm -f "$built"
 (cd "$source" && "$cargo" build --locked --profile "$profile" --target-dir "$target")
 
 cp "$built" "$output"
-# Relative to the build directory, as ninja understands no quotes in paths.
+# Through a link in the build directory, as ninja understands no quotes in paths.
+ln -sfn "$source" "$output.source"
 from=$(printf %s "$source/" | sed 's/ /\\ /g')
-to=$(realpath --relative-to=. "$source" | sed 's/ /\\ /g')/
+to=$output.source/
 from=$from to=$to output=$output awk '{
     sub(/^.*\/wsl-binfmt-generator: /, "")
     while (at = index($0, ENVIRON["from"]))

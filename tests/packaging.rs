@@ -68,6 +68,33 @@ fn meson_installs_these_files_and_runs_cargo_only_after_a_change() -> anyhow::Re
     Ok(())
 }
 
+/// What ninja reads has none of the quotes of the sources' place, which it does not understand.
+#[test]
+fn a_change_is_seen_in_any_folder() -> anyhow::Result<()> {
+    let depfile = sh(
+        "depfile",
+        r#"
+        rm -rf "it's \"mine\"" build
+        mkdir -p "it's \"mine\"/src" build
+        touch "it's \"mine\"/src/main.rs"
+        # Called as `cargo build --locked --profile release --target-dir DIRECTORY`.
+        cat >build/cargo <<'END'
+#!/bin/sh
+mkdir -p "$6/release"
+touch "$6/release/wsl-binfmt-generator"
+echo "/wsl-binfmt-generator: $(pwd | sed 's/ /\\ /g')/src/main.rs" >"$6/release/wsl-binfmt-generator.d"
+END
+        chmod +x build/cargo
+        source="$PWD/it's \"mine\""
+        cd build
+        "$SOURCE/build-aux/cargo-build.sh" "$PWD/cargo" release "$source" "$PWD" program program.d
+        cat program.d
+        ls program.source/src"#,
+    )?;
+    assert_eq!(depfile, "program: program.source/src/main.rs\nmain.rs\n");
+    Ok(())
+}
+
 #[test]
 fn systemd_pc_says_where_generators_live_unless_the_option_does() -> anyhow::Result<()> {
     if !have_programs(PROGRAMS)? {
