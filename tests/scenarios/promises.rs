@@ -4,7 +4,7 @@ use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Vm, WSL_INTEROP};
 
 use crate::ours::{Install, PAUSE};
-use crate::stand_in::{alone, within, SOON};
+use crate::stand_in::{alone, within, IN_TIME, SOON};
 
 /// A rule of the distro's own, as qemu's are: with `F`.
 pub const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
@@ -429,7 +429,7 @@ impl Setting<'_> {
     /// The interop entry, once there has been time for a watcher to come back and to settle it.
     pub fn settled(&self) -> String {
         // On a busy machine it may take systemd seconds to start one. Where nobody comes, that is seen.
-        let patience = if self.ours { 10 * SOON } else { SOON };
+        let patience = if self.ours { IN_TIME } else { SOON };
         let _ = within(patience, || alone(self.vm));
         self.entry("WSLInterop")
     }
