@@ -314,8 +314,8 @@ impl Record {
     }
 
     /// Registers missing rules, except those removed on purpose: these vanish without a flush, are
-    /// still missing at the next look, and are then forgotten. `before` are the rules that were missing
-    /// at the last look, `missing` receives those that are now. Returns what was done, and what
+    /// still missing at the next look, and are then forgotten. `before` has those that were missing at
+    /// the last look, and `missing` receives those that are now. Returns what was done, and what
     /// failed.
     pub fn heal(
         &mut self,

@@ -263,6 +263,13 @@ fn a_wsl_conf_that_is_noise_or_no_file_is_survived() -> anyhow::Result<()> {
         assert!(kmsg.ends_with(warning), "{name}: {kmsg}");
     }
 
+    // As long as a file may be, it is read to its end.
+    let setting = b"\n[boot]\nprotectBinfmt=false";
+    let longest = [&b"#".repeat((1 << 20) - setting.len())[..], setting].concat();
+    let sandbox = Sandbox::distro("1-MiB-comment", &longest)?;
+    assert!(sandbox.run("")?.status.success());
+    assert_eq!(emitted(&sandbox)?, None);
+
     let sandbox = Sandbox::distro("fifo", b"")?;
     let path = sandbox.path("root/etc/wsl.conf");
     fs::remove_file(&path)?;

@@ -43,7 +43,7 @@ pub struct Decision {
     /// The settings at the start of the distro. They count until it stops, as for WSL itself,
     /// because what already runs cannot be half undone. None before the guard has recorded them.
     pub noted: Option<WslConf>,
-    /// Why it cannot be read.
+    /// Why wsl.conf cannot be read, if it cannot.
     pub unread: Option<ErrorKind>,
     /// What is wrong with it, for its owner.
     pub warning: Option<String>,

@@ -77,7 +77,7 @@ pub const BY_HAND: &[Test] = &[
             // It restarts the mount over the status file, too, which it has no unit file for, and
             // takes note of the guard's new one only when it has looked at the list of mounts.
             let status = "systemctl is-active proc-sys-fs-binfmt_misc-status.mount";
-            within(IN_TIME, || {
+            within(SOON, || {
                 let said = mine.run(status);
                 ensure!(said == "active\n", "{status}: {said}");
                 Ok(())
@@ -117,7 +117,7 @@ pub const BY_HAND: &[Test] = &[
             for _ in 0..9 {
                 let before = pid();
                 mine.run("systemctl kill --signal=KILL wsl-interop-restore");
-                within(IN_TIME, || {
+                within(5 * SOON, || {
                     let now = pid();
                     ensure!(now != before && now != "0\n", "{before} is {now}");
                     Ok(())
@@ -125,7 +125,7 @@ pub const BY_HAND: &[Test] = &[
             }
             guarded(vm, &mine)?;
             vm.write("status", "-1")?;
-            within(IN_TIME, || served(vm))?;
+            within(SOON, || served(vm))?;
             within(IN_TIME, || alone(vm))?;
             stops_without_harm(vm, mine)
         })
@@ -156,7 +156,7 @@ pub const BY_HAND: &[Test] = &[
             ] {
                 let said = mine.run(&format!("printf '{rule}' >{TABLE}/register"));
                 ensure!(said.is_empty(), "{rule}: {said}");
-                within(IN_TIME, || {
+                within(SOON, || {
                     let launched = vm.launch();
                     ensure!(launched == "starts", "{rule}: {launched}");
                     Ok(())
@@ -201,7 +201,7 @@ fn guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
 }
 
 fn table_is_guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
-    within(IN_TIME, || {
+    within(SOON, || {
         let mounts = mine.run(&format!("grep {TABLE}/status /proc/1/mountinfo"));
         ensure!(mounts.contains(" ro"), "{mounts:?}");
         Ok(())
@@ -215,7 +215,7 @@ fn table_is_guarded(vm: &Vm, mine: &Distro) -> anyhow::Result<()> {
 /// A wipe is healed; then, at poweroff, a peer keeps what it has, and nothing of this distro is left.
 fn stops_without_harm(vm: &Vm, mine: Distro) -> anyhow::Result<()> {
     vm.write("status", "-1")?;
-    within(IN_TIME, || served(vm))?;
+    within(SOON, || served(vm))?;
     within(IN_TIME, || {
         alone(vm)?;
         ensure!(vm.entry("testfmt") == STANDS, "{}", vm.entry("testfmt"));

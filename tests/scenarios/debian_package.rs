@@ -10,7 +10,7 @@ use wsl_vm::{Builder, Distro, Generation, Vm};
 
 use crate::ours::{Install, Run, PAUSE};
 use crate::promises::{state, RULE};
-use crate::stand_in::{alone, within, IN_TIME, RUNNING};
+use crate::stand_in::{alone, within, RUNNING, SOON};
 use crate::status::look;
 use crate::verbs::Test;
 
@@ -76,7 +76,7 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
             install(&mine, "package")?;
             ensure!(seen() == were, "{name}: {}, not {were}", seen());
             ensure!(state(&mine).ends_with("running"), "{}", state(&mine));
-            within(IN_TIME, || alone(vm))?;
+            within(SOON, || alone(vm))?;
             mine.poweroff()?;
             ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         }
@@ -107,7 +107,7 @@ pub const DEBIAN_PACKAGE: &[Test] = &[
         let guard = mine.run("systemctl is-active wsl-binfmt-guard");
         ensure!(guard == "active\n", "{guard}");
         vm.write("status", "-1")?;
-        within(IN_TIME, || {
+        within(SOON, || {
             let missing = |name: &&str| vm.entry(name) == "missing";
             ensure!(!NAMES.iter().any(missing), "{:?}", vm.entries());
             Ok(())
@@ -122,7 +122,7 @@ fn protected(vm: &Vm) -> anyhow::Result<Distro> {
     let mine = with_rules(vm, "mine", "OF-MINE", false)?.boot()?;
     install(&mine, "package")?;
     ensure!(state(&mine) == RUNNING, "{}", state(&mine));
-    within(IN_TIME, || alone(vm))?;
+    within(SOON, || alone(vm))?;
     Ok(mine)
 }
 
@@ -232,7 +232,7 @@ fn is_protected_whole(vm: &Vm, mine: Distro) -> anyhow::Result<()> {
         let of = |line: &str| line.starts_with(&inode) && line.contains(&format!(":{name}:"));
         ensure!(records.lines().any(of), "{inode}{name}: {records}");
     }
-    within(IN_TIME, || alone(vm))?;
+    within(SOON, || alone(vm))?;
     mine.poweroff()?;
     ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
     Ok(())

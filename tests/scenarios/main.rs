@@ -99,7 +99,7 @@ const ALONE: &[&str] = &[
     "status: says the same on a busy machine",
 ];
 
-/// More could not be played on any machine: root has 128 instances of inotify, in all VMs together,
+/// More would fail on a machine with many processors: root has 128 instances of inotify, in all VMs together,
 /// and a distro needs about seven.
 const MOST_AT_ONCE: usize = 6;
 

@@ -10,7 +10,7 @@ use wsl_vm::{Builder, Distro, Generation, Vm, WSL_INTEROP};
 
 use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
-use crate::stand_in::{alone, served, within, IN_TIME, RUNNING, SOON};
+use crate::stand_in::{alone, served, within, RUNNING, SOON};
 use crate::status::look;
 use crate::verbs::Test;
 
@@ -55,15 +55,15 @@ pub const OTHERS: &[Test] = &[
         mine.run("systemctl restart wsl-interop-restore");
         untroubled(&mine, "inotify")?;
         vm.write("status", "-1")?;
-        within(IN_TIME, || alone(vm)).context("without inotify")?;
+        within(2 * SOON, || alone(vm)).context("without inotify")?;
         fs::write(INOTIFY, limit.trim())?;
         thread::sleep(SOON);
         // To look once a second would take longer at one of these.
         for _ in 0..4 {
             vm.write("status", "-1")?;
-            let time = within(IN_TIME, || served(vm))?;
+            let time = within(SOON, || served(vm))?;
             ensure!(time < Duration::from_millis(200), "{time:?}");
-            within(IN_TIME, || alone(vm))?;
+            within(SOON, || alone(vm))?;
         }
         protected(vm, mine)
     }),
@@ -115,7 +115,7 @@ pub const OTHERS: &[Test] = &[
                 Ok(())
             })?;
             vm.write("status", "-1")?;
-            within(IN_TIME, || alone(vm)).context(signal)?;
+            within(SOON, || alone(vm)).context(signal)?;
         }
         protected(vm, mine)
     }),
@@ -241,7 +241,7 @@ fn untroubled(mine: &Distro, told: &str) -> anyhow::Result<()> {
         );
         Ok(())
     };
-    within(IN_TIME, once)?;
+    within(SOON, once)?;
     status_tells(mine, told)?;
     // Not that there will be more.
     thread::sleep(SOON);
@@ -256,9 +256,9 @@ fn status_tells(mine: &Distro, told: &str) -> anyhow::Result<()> {
 
 /// Protection goes on: a wipe is healed, and poweroff leaves to others what is theirs.
 fn protected(vm: &Vm, mine: Distro) -> anyhow::Result<()> {
-    within(IN_TIME, || alone(vm))?;
+    within(SOON, || alone(vm))?;
     vm.write("status", "-1")?;
-    within(IN_TIME, || alone(vm)).context("after a wipe")?;
+    within(SOON, || alone(vm)).context("after a wipe")?;
     running(&mine)?;
     vm.register(PEERS)?;
     mine.poweroff()?;
@@ -310,7 +310,7 @@ fn changed(
         ));
         ensure!(done.is_empty(), "{name}: {done}");
         ensure!(state(&mine) == RUNNING, "{name}: {}", state(&mine));
-        within(IN_TIME, || alone(vm)).context(name)?;
+        within(SOON, || alone(vm)).context(name)?;
         told(&mine)?;
         vm.register(PEERS)?;
         mine.poweroff()?;

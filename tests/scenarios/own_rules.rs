@@ -14,7 +14,7 @@ use wsl_vm::{Builder, Vm, WSL_INTEROP};
 use crate::ours::{Install, Run};
 use crate::promises::state;
 use crate::release::{disk_afterwards, put_on_a_disk};
-use crate::stand_in::{alone, within, IN_TIME, RUNNING};
+use crate::stand_in::{alone, within, RUNNING, SOON};
 use crate::verbs::Test;
 use crate::watch::Watcher;
 
@@ -30,9 +30,9 @@ pub const OWN_RULES: &[Test] = &[
         stand(vm, "OF-MINE").context("at boot")?;
         for _ in 0..2 {
             vm.write("status", "-1")?;
-            within(IN_TIME, || stand(vm, "OF-MINE")).context("after a flush")?;
+            within(SOON, || stand(vm, "OF-MINE")).context("after a flush")?;
             // Written down by name and inode.
-            within(IN_TIME, || {
+            within(SOON, || {
                 let records = mine.run("cat /run/wsl-binfmt/*.rules");
                 for name in ["ownfmt", "plainfmt", "supportfmt"] {
                     let inode = format!("{} ", vm.entry_identity(name)?);
@@ -43,7 +43,7 @@ pub const OWN_RULES: &[Test] = &[
                 Ok(())
             })?;
         }
-        within(IN_TIME, || alone(vm))?;
+        within(SOON, || alone(vm))?;
         ensure!(state(&mine) == RUNNING, "{}", state(&mine));
         Ok(())
     }),
@@ -55,7 +55,7 @@ pub const OWN_RULES: &[Test] = &[
         let entry = vm.entry("ownfmt");
         ensure!(entry.contains("/bin/echo"), "the peer's is gone: {entry}");
         vm.write("ownfmt", "-1")?;
-        within(IN_TIME, || runs("OWNFMT", "OF-MINE")).context("when the peer's is gone")?;
+        within(SOON, || runs("OWNFMT", "OF-MINE")).context("when the peer's is gone")?;
         mine.poweroff()?;
         ensure!(vm.entries() == ["WSLInterop"], "{:?}", vm.entries());
         Ok(())
@@ -68,13 +68,13 @@ pub const OWN_RULES: &[Test] = &[
         vm.register(":peerfmt:M::PEERFMT::/bin/cat:F")?;
         thread::sleep(QUIET);
         vm.write("status", "-1")?;
-        within(IN_TIME, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
+        within(SOON, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
         thread::sleep(QUIET);
         missing(vm, &["plainfmt", "supportfmt", "peerfmt"])?;
 
         mine.run("systemctl stop systemd-binfmt");
         vm.write("status", "-1")?;
-        within(IN_TIME, || alone(vm))?;
+        within(SOON, || alone(vm))?;
         thread::sleep(QUIET);
         missing(vm, &["ownfmt", "plainfmt", "supportfmt", "peerfmt"])
     }),
@@ -96,7 +96,7 @@ pub const OWN_RULES: &[Test] = &[
         };
         run().context("before the flush")?;
         vm.write("status", "-1")?;
-        within(IN_TIME, run).context("after a flush")?;
+        within(SOON, run).context("after a flush")?;
         Ok(())
     }),
     ("own rules: a lost interpreter is told, once", |vm| {
@@ -106,8 +106,8 @@ pub const OWN_RULES: &[Test] = &[
         runs("LOSTFMT", "OF-LOST")?;
         mine.run("rm /usr/local/bin/lost");
         vm.write("status", "-1")?;
-        within(IN_TIME, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
-        within(IN_TIME, || runs_plain(vm))?;
+        within(SOON, || runs("OWNFMT", "OF-MINE")).context("after a flush")?;
+        within(SOON, || runs_plain(vm))?;
         thread::sleep(QUIET);
         let log = mine.run("journalctl -b -u wsl-interop-restore -o cat");
         let names_it = |line: &&str| line.contains("/usr/local/bin/lost");
@@ -121,8 +121,8 @@ pub const OWN_RULES: &[Test] = &[
         let second = distro(vm, "second", "OF-TWO")?.boot()?;
         runs("OWNFMT", "OF-TWO").context("at boot")?;
         second.poweroff()?;
-        within(IN_TIME, || runs("OWNFMT", "OF-ONE")).context("after the poweroff")?;
-        within(IN_TIME, || runs_plain(vm))?;
+        within(SOON, || runs("OWNFMT", "OF-ONE")).context("after the poweroff")?;
+        within(SOON, || runs_plain(vm))?;
         ensure!(state(&first) == RUNNING, "{}", state(&first));
         first.poweroff()?;
         nothing_is_pinned(vm)
@@ -135,8 +135,8 @@ pub const OWN_RULES: &[Test] = &[
         runs_plain(vm)?;
         // Own rules do not depend on whether there was a peer.
         vm.write("status", "-1")?;
-        within(IN_TIME, || runs("OWNFMT", "OF-TWO")).context("after a flush")?;
-        within(IN_TIME, || runs_plain(vm))?;
+        within(SOON, || runs("OWNFMT", "OF-TWO")).context("after a flush")?;
+        within(SOON, || runs_plain(vm))?;
         second.poweroff()?;
         nothing_is_pinned(vm)
     }),
@@ -150,7 +150,7 @@ pub const OWN_RULES: &[Test] = &[
         vm.write("WSLInterop", "-1")?;
         // The watcher may be quicker.
         let _ = vm.register(WSL_INTEROP);
-        within(IN_TIME, || {
+        within(SOON, || {
             let order = vm.entries_in_order();
             let place = |name| order.iter().position(|n| n == name).context("missing");
             ensure!(place("APE")? < place("WSLInterop")?, "{order:?}");
@@ -202,8 +202,8 @@ pub const OWN_RULES: &[Test] = &[
 
             let watcher = Watcher::start(vm)?;
             vm.register(rule)?;
-            within(IN_TIME, || behind(vm, name)).with_context(|| format!("watcher: {rule}"))?;
-            within(IN_TIME, || alone(vm))?;
+            within(SOON, || behind(vm, name)).with_context(|| format!("watcher: {rule}"))?;
+            within(SOON, || alone(vm))?;
             vm.write(name, "-1")?;
             watcher.stop()?;
         }

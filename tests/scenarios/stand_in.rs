@@ -20,10 +20,10 @@ const TABLE: &str = "/proc/sys/fs/binfmt_misc";
 /// The table at a second mount point, as a container mounts it.
 const SECOND: &str = "/vm/second";
 pub const WANTED: &str = "enabled, interpreter /init, flags: PF";
-/// After this time things have settled on a machine that has nothing else to do.
+/// After this time things have settled, however much else the machine has to do.
 pub const SOON: Duration = Duration::from_secs(3);
-/// So long it may take: beside others systemd needs seconds to start a process, and a watcher that
-/// takes them for a fight waits up to 13 seconds.
+/// The same where a watcher may take what was done for a fight, in which it waits up to 13 seconds;
+/// or where systemd has to start one.
 pub const IN_TIME: Duration = Duration::from_secs(30);
 /// What the drop-in of WSL 2.6.2 and later registers.
 const DROP_IN: &str = ":WSLInterop:M::MZ::/init:P";
@@ -53,7 +53,7 @@ pub const STAND_IN: &[Test] = &[
             launches.started > 500 && launches.longest_gap < Duration::from_millis(250),
             "{launches:?}"
         );
-        within(IN_TIME, || alone(vm))?;
+        within(SOON, || alone(vm))?;
         ensure!(vm.entry("testfmt").contains("flags: F"), "{RULE} is lost");
         ensure!(state(&mine) == RUNNING, "{}", state(&mine));
         Ok(())
@@ -98,7 +98,7 @@ pub const STAND_IN: &[Test] = &[
         let launches = hammer.stop();
         OVER.store(true, Ordering::Relaxed);
         fight.join().expect("it does not panic");
-        let end = within(IN_TIME, || alone(vm));
+        let end = within(SOON, || alone(vm));
         let log = watcher.stop()?;
         end.with_context(|| log.clone())?;
         eprintln!("{launches:?}, {spent:?} spent");
@@ -120,9 +120,9 @@ pub const STAND_IN: &[Test] = &[
         let watcher = Watcher::start(vm)?;
         let _locks = Locks::held()?;
         vm.write("WSLInterop", "-1")?;
-        let spent = within(IN_TIME, || served(vm))?;
+        let spent = within(SOON, || served(vm))?;
         ensure!(spent < Duration::from_millis(100), "the watcher: {spent:?}");
-        within(IN_TIME, || alone(vm))?;
+        within(SOON, || alone(vm))?;
         watcher.stop()?;
         Ok(())
     }),
@@ -178,7 +178,7 @@ fn wipe(vm: &Vm, round: u32) -> anyhow::Result<(Duration, Duration)> {
         }
         _ => vm.write("status", "-1").map(|()| Instant::now()),
     }?;
-    within(IN_TIME, || served(vm))?;
+    within(SOON, || served(vm))?;
     let again = start.elapsed();
     ensure!(vm.launch() == "starts", "{}", vm.launch());
     if round % 4 == 3 {
@@ -187,7 +187,7 @@ fn wipe(vm: &Vm, round: u32) -> anyhow::Result<(Duration, Duration)> {
         thread::sleep(Duration::from_millis(1));
         vm.register(DROP_IN).context("WSL's drop-in")?;
     }
-    within(IN_TIME, || alone(vm))?;
+    within(SOON, || alone(vm))?;
     Ok((again, start.elapsed()))
 }
 

@@ -16,7 +16,7 @@ use crate::ours::Run;
 use crate::stand_in::{alone, within};
 use crate::verbs::Test;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(5);
 
 pub const WATCH: &[Test] = &[
     ("watch sleeps while nothing happens", |vm| {
