@@ -83,11 +83,12 @@ impl Pending {
     }
 }
 
-/// Puts the table in order. Own rules are registered, see `Record::heal`. WSLInterop is registered
-/// as WSL has it, ahead of all entries that take ordinary Windows programs, and behind those with a
-/// longer magic. The stand-in is removed, if the table is `quiet`. An entry with `F` is moved only
-/// by its owner, whose file it holds; one without `F` by others too, if it was `pending` before, or
-/// if there is no look after this one.
+/// Puts the table in order. Own rules are registered, see `Record::heal`. If the table is `quiet`,
+/// WSLInterop is registered as WSL has it, ahead of all entries that take ordinary Windows programs,
+/// and the stand-in is removed; otherwise who writes may be about to register that name, and the
+/// stand-in has to do. Entries with a longer magic are put ahead of WSLInterop: one with `F` only by
+/// its owner, whose file it holds; one without `F` by others too, if it was `pending` before, or if
+/// there is no look after this one.
 pub fn settle(
     host: &Host,
     table: &Table,
@@ -109,12 +110,12 @@ pub fn settle(
         settled.deeds.extend(deeds);
         settled.problems.extend(problems);
     }
-    let result = settle_entry(host, table, &mut settled)
-        .and_then(|()| put_ahead(table, &mut records, pending, &mut settled))
-        .and_then(|()| match quiet {
-            true => drop_stand_in(table, &mut settled),
-            false => Ok(()),
-        });
+    let result = match quiet {
+        true => settle_entry(host, table, &mut settled)
+            .and_then(|()| put_ahead(table, &mut records, pending, &mut settled))
+            .and_then(|()| drop_stand_in(table, &mut settled)),
+        false => put_ahead(table, &mut records, pending, &mut settled),
+    };
     settled.problems.extend(result.err());
     for record in &records {
         settled.problems.extend(record.write(host).err());

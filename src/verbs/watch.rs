@@ -23,7 +23,7 @@ use crate::reports::{Change, Reports};
 /// How long the table must have been quiet before it is settled. Each watcher adds a random time,
 /// up to a third of this, so that one does the work and the others find it done.
 const QUIET: Duration = Duration::from_millis(300);
-/// The longest wait for that.
+/// The longest wait for that, after which all but WSLInterop itself is settled.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A repair that is undone this soon, this often in a row, means that somebody fights it.
 const UNDONE: Duration = Duration::from_millis(50);

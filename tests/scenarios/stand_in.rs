@@ -80,6 +80,21 @@ pub const STAND_IN: &[Test] = &[
         ensure!(longest < Duration::from_millis(2500), "{longest:?}");
         Ok(())
     }),
+    ("stand-in: no register call fails in a table that is never quiet", |vm| {
+        let watcher = Watcher::start(vm)?;
+        let start = Instant::now();
+        // Longer than a watcher waits for quiet.
+        while start.elapsed() < Duration::from_secs(3) {
+            vm.write("status", "-1")?;
+            // On a busy machine, WSL's drop-in may stall for as long as this.
+            thread::sleep(Duration::from_millis(200));
+            ensure!(vm.launch() == "starts", "{}", vm.launch());
+            vm.register(DROP_IN).with_context(|| format!("after {:?}", start.elapsed()))?;
+        }
+        within(SOON, || alone(vm))?;
+        watcher.stop()?;
+        Ok(())
+    }),
     ("stand-in: two watchers do each other no harm", |vm| many_watchers(vm, 2)),
     ("stand-in: ten watchers do each other no harm", |vm| many_watchers(vm, 10)),
     ("stand-in: programs start in a fight without end", |vm| {
