@@ -298,7 +298,10 @@ pub const STATUS: &[Test] = &[
         unwatched(vm, "entry-missing", &format!("echo -1 >{TABLE}/WSLInterop"))
     }),
     ("status: the entry is disabled", |vm| {
-        done(vm, "entry-disabled", &format!("echo 0 >{TABLE}/WSLInterop"))
+        // Once the table is quiet, the watcher says so, too.
+        let told = "systemctl show --property=StatusText --value wsl-interop-restore | grep -q .";
+        let off = format!("echo 0 >{TABLE}/WSLInterop; until {told}; do sleep 0.05; done");
+        done(vm, "entry-disabled", &off)
     }),
     ("status: the entry has another interpreter, and rivals", |vm| {
         let rules = [":cli:M::MZ::/usr/bin/cli:", ":ape:M::MZqFpD::/bin/echo:"].map(register);
