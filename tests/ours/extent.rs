@@ -1,6 +1,6 @@
 //! How much is tested: all of it where `WSL_TESTS=all` is set, as CI does; and otherwise what a
 //! contributor can wait for. That is every kind of scenario, but not on every systemd, nor a thousand
-//! times; and no package, no image, and nothing for arm64.
+//! times; and no package, no image, no fuzzing, and nothing for arm64.
 //! `WSL_TESTS=release` is also what takes too long for each change.
 
 use std::io::{self, Write};
@@ -93,7 +93,7 @@ pub fn in_words() -> &'static str {
     if is_all() {
         "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
     } else {
-        "on systemd 247 and 257, controls and the longest only on 257, races 100 times, every fifth \
-         fault; WSL_TESTS=all does all of it"
+        "on systemd 247 and 257, the longest only on 257, controls only of the others there, races 100 \
+         times, every fifth fault; WSL_TESTS=all does all of it"
     }
 }

@@ -55,14 +55,14 @@ const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (generations::SCENARIOS, SUITES),
     (generations::LOCK_BEFORE_250, &["bullseye"]),
     (release::RELEASE, &["bookworm", "trixie"]),
-    (packages::SCENARIOS, packages::SUITES),
     (security::UNITS, SUITES),
     (soft_spots::SOFT_SPOTS, &["trixie"]),
     (soft_spots::SOFT_REBOOT, &["trixie", "forky"]),
 ];
 
-/// The same, which take longer.
+/// The same, which take longer. By default their controls are left out.
 const LONG_SCENARIOS: &[(&[Scenario], &[&str])] = &[
+    (packages::SCENARIOS, packages::SUITES),
     (generations::LIVES, SUITES),
     (generations::LOCK, &["bookworm", "trixie", "forky"]),
     (ends::ENDS, SUITES),
@@ -88,8 +88,13 @@ const TESTS: &[&[Test]] = &[
 const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image::IN_THE_IMAGE];
 
 /// Those that are left out by default: they take long, and there is another one like them.
-const LONG: &[&str] =
-    &["neighbours: WSL that does nothing for interop", "neighbours: WSL with a lock"];
+const LONG: &[&str] = &[
+    "neighbours: a stock distro, and WSL that does nothing for interop",
+    "neighbours: one of ours, and WSL that does nothing for interop",
+    "neighbours: one of ours, and WSL with drop-ins",
+    "neighbours: a stock distro, and WSL with a lock",
+    "neighbours: one of ours, and WSL with a lock",
+];
 
 /// Those that measure time, or make the machine busy.
 const ALONE: &[&str] = &[
@@ -115,14 +120,19 @@ fn package() -> anyhow::Result<Arc<DebianPackage>> {
     Ok(package)
 }
 
+/// A scenario on a suite, and whether its control is played by default.
+type Played = (&'static Scenario, &'static str, bool);
+
 /// Each scenario on each suite.
-fn scenarios() -> impl Iterator<Item = (&'static Scenario, &'static str)> {
-    let usual = SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::of(suites)));
-    let long =
-        LONG_SCENARIOS.iter().map(|(scenarios, suites)| (scenarios, extent::of_long(suites)));
-    usual.chain(long).flat_map(|(scenarios, suites)| {
-        let on_each =
-            move |scenario| suites.clone().into_iter().map(move |suite| (scenario, suite));
+fn scenarios() -> impl Iterator<Item = Played> {
+    let usual = SCENARIOS.iter().map(|(scenarios, on)| (scenarios, extent::of(on), true));
+    let long = LONG_SCENARIOS.iter();
+    let long = long.map(|(scenarios, on)| (scenarios, extent::of_long(on), false));
+    usual.chain(long).flat_map(|(scenarios, suites, is_usual)| {
+        let on_each = move |scenario| {
+            let suites = suites.clone().into_iter();
+            suites.map(move |suite| (scenario, suite, is_usual && suite == extent::NEWEST))
+        };
         scenarios.iter().flat_map(on_each)
     })
 }
@@ -137,7 +147,8 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
             test.context("no such test")?.1(vm)
         }
         [name, suite, whose] => {
-            let scenario = scenarios().find(|(scenario, on)| scenario.name == name && *on == suite);
+            let scenario =
+                scenarios().find(|(scenario, on, _)| scenario.name == name && *on == suite);
             let play = scenario.context("no such scenario")?.0.play;
             let ours = whose == "ours";
             for line in play(&Setting { vm, suite, ours })? {
@@ -180,10 +191,9 @@ fn checks(whole: bool) -> Vec<(String, Check)> {
     all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
-    let mut played = scenarios().flat_map(|(scenario, suite)| {
-        let controlled = whole || suite == extent::NEWEST;
+    let mut played = scenarios().flat_map(|(scenario, suite, is_controlled)| {
         let whose = [("stock", false), ("ours", true)].into_iter();
-        whose.filter(move |(_, ours)| *ours || controlled).map(move |(whose, ours)| {
+        whose.filter(move |(_, ours)| *ours || is_controlled || whole).map(move |(whose, ours)| {
             let name = format!("{}: {suite}, {whose}", scenario.name);
             let check: Check = Box::new(move |machine| check(machine, scenario, suite, ours));
             (name, check)
@@ -275,7 +285,7 @@ fn main() -> ExitCode {
     };
     // Half of the time systemd, or a test, waits for something.
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    arguments.test_threads.get_or_insert((2 * processors).min(MOST_AT_ONCE));
+    arguments.test_threads.get_or_insert((2 * processors + 1).min(MOST_AT_ONCE));
     let before = Machine::table();
     let conclusion = libtest_mimic::run(&arguments, trials(&arguments, Some(machine)));
     match (before, Machine::table()) {
