@@ -21,7 +21,7 @@ pub const PACKAGES: &[&str] = &["python3-minimal", "binfmt-support", "man-db"];
 
 /// How long a hammer lets others work after each launch, where that is not about instants. What stock
 /// distros lose lasts longer.
-pub const PAUSE: Duration = Duration::from_millis(2);
+pub const PAUSE: Duration = Duration::from_millis(4);
 
 const BINFMT_SUPPORT: &str = "binfmt-support.service";
 const NAME: &str = "wsl-binfmt-generator";

@@ -341,14 +341,17 @@ impl Play<'_> {
     /// Whether there is nothing more to wait for.
     fn is_whole(&self) -> bool {
         let second = |name: &String| name.starts_with("WSLInterop-");
-        let runs = self.runs();
+        let runs_well = || match &*self.runs() {
+            "own" => self.mine.distro.is_some(),
+            "neighbour's" => self.neighbour.distro.is_some(),
+            _ => false,
+        };
         self.vm.entry("WSLInterop") == "enabled, interpreter /init, flags: PF"
             && !self.vm.entries().iter().any(second)
             && self.vm.entry("shared") != "missing"
             && self.mine.has_own()
             && self.neighbour.has_own()
-            && (runs == "own" && self.mine.distro.is_some()
-                || runs == "neighbour's" && self.neighbour.distro.is_some())
+            && runs_well()
     }
 
     /// Whose file the rule with `F` runs: in the distro, or in the VM when that is off.

@@ -389,7 +389,7 @@ fn within(time: Duration, mut done: impl FnMut() -> bool) -> bool {
         if done() {
             return true;
         }
-        thread::sleep(Duration::from_millis(1));
+        thread::sleep(Duration::from_millis(5));
     }
     false
 }

@@ -145,14 +145,20 @@ pub const STAND_IN: &[Test] = &[
 
 pub const RUNNING: &str = "systemd-binfmt active, system running";
 
-/// Waits until something holds, and says how long that took.
+/// Waits until something holds, and says how long that took, to a twentieth.
 pub fn within(limit: Duration, holds: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
     let start = Instant::now();
     loop {
+        let asked = start.elapsed();
         match holds() {
             Ok(()) => return Ok(start.elapsed()),
             Err(error) if start.elapsed() > limit => return Err(error),
-            Err(_) => thread::sleep(Duration::from_micros(100)),
+            // Who asks without a pause keeps from its work what is waited for.
+            Err(_) => {
+                let answered = start.elapsed() - asked;
+                let pause = (start.elapsed() / 20).max(4 * answered);
+                thread::sleep(pause.clamp(Duration::from_micros(100), Duration::from_millis(100)));
+            }
         }
     }
 }

@@ -43,6 +43,7 @@ pub const WATCH: &[Test] = &[
             while !OVER.load(Ordering::Relaxed) {
                 // Mostly it is there.
                 let _ = fs::write("/proc/sys/fs/binfmt_misc/WSLInterop", "-1");
+                thread::sleep(Duration::from_micros(100));
             }
         });
         thread::sleep(Duration::from_secs(4));

@@ -196,9 +196,13 @@ impl<'vm> Builder<'vm> {
         let mut distro =
             Distro { name: self.name, pid: pid.trim().to_owned(), child, cgroup, patience: None };
         let deadline = Instant::now() + TIMEOUT;
+        let socket = format!("/proc/{}/root/run/systemd/private", distro.pid);
         loop {
-            // Until systemd listens, systemctl has no answer.
-            let answer = distro.systemctl(&["is-system-running", "--wait"]);
+            // Until systemd listens, systemctl has no answer, and takes as long as with one.
+            let answer = match Path::new(&socket).exists() {
+                true => distro.systemctl(&["is-system-running", "--wait"]),
+                false => String::new(),
+            };
             if ["running", "degraded", "maintenance"].contains(&answer.trim()) {
                 // Changes apply to the next boot, as in WSL.
                 let conf = format!("/proc/{}/root/etc/wsl.conf", distro.pid);
@@ -210,7 +214,7 @@ impl<'vm> Builder<'vm> {
                 let log = fs::read_to_string(directory.join("console")).unwrap_or_default();
                 bail!("{} did not boot: {answer}\n{log}", distro.name);
             }
-            thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -249,7 +253,14 @@ impl<'vm> Builder<'vm> {
                 layer.link(&format!("/etc/systemd/system/{unit}"), "/dev/null")?;
             }
         }
-        self.fill(&layer)
+        self.fill(&layer)?;
+        if self.image.is_none() {
+            // This is not its first boot since an update, after which systemd has more to do.
+            for place in ["/etc/.updated", "/var/.updated"] {
+                fs::write(layer.place(Path::new(place))?, "")?;
+            }
+        }
+        Ok(())
     }
 
     /// Brings into the distro what it was built with.
