@@ -15,6 +15,8 @@ pub const BINFMT_MISC: &str = "/proc/sys/fs/binfmt_misc";
 /// The guard's file. It must not be in a directory that systemd empties: over an unlinked file, the
 /// units' BindPaths= would fail.
 pub const GUARD_FILE: &str = "/run/wsl-binfmt/status";
+/// Where systemd and its services keep what lasts until the distro stops.
+pub const RUN: &str = "/run";
 /// The records that are kept while the distro runs.
 pub const STATE: &str = "/run/wsl-binfmt";
 /// The names of all entries from before this distro registered its own.

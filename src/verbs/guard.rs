@@ -9,13 +9,13 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 use camino::Utf8Path;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
-use nix::sched::{setns, CloneFlags};
+use nix::sched::{setns, unshare, CloneFlags};
 use nix::unistd::{chroot, fchdir};
 
 use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::{
     Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS,
-    MOUNT_NAMESPACES,
+    MOUNT_NAMESPACES, RUN,
 };
 use crate::log::Log;
 use crate::machine;
@@ -104,6 +104,10 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     }
     let state = fs::read_to_string(&status).with_context(|| format!("reading {status}"))?;
     host.write(GUARD_FILE, &state)?;
+    bind_from_aside(host, &file, &status)?;
+    if is_bound_over(&status, &table)? {
+        return Ok(());
+    }
 
     // A distro may have a second mount namespace. A new mount propagates there; a later change of
     // its flags does not. So the file has to be read-only before it is bound over the status file.
@@ -112,6 +116,33 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
     // The mount over the status file does not need this one.
     let unbound = umount2(file.as_str(), MntFlags::MNT_DETACH);
     bound.and(unbound.with_context(|| format!("unmounting {file}")))
+}
+
+/// Makes the mount in another mount namespace, from where only the last step propagates to the
+/// distro's: one change instead of four. After five changes in a second, systemd mounts nothing for
+/// the rest of it, and a boot took 0.8 seconds longer. Where the table's mount does not propagate,
+/// nothing happens.
+///
+/// # Errors
+/// There is no way back.
+fn bind_from_aside(host: &Host, file: &Utf8Path, status: &Utf8Path) -> anyhow::Result<()> {
+    let [_, own] = MOUNT_NAMESPACES;
+    let [namespace, root] = [own, "/"].map(|path| File::open(host.path(path)));
+    let (Ok(namespace), Ok(root)) = (namespace, root) else {
+        return Ok(());
+    };
+    if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+        return Ok(());
+    }
+    let none: Option<&str> = None;
+    let run = host.path(RUN);
+    // If a step fails, there is still the other way.
+    let _ = mount(none, run.as_str(), none, MsFlags::MS_PRIVATE, none)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| bind(file, file))
+        .and_then(|()| make_read_only(file))
+        .and_then(|()| bind(file, status));
+    enter(namespace, root).context("returning to the distro's mount namespace")
 }
 
 /// Joins the distro's mount namespace. A drop-in for all services may have given the unit one of
@@ -126,11 +157,12 @@ pub fn join_distro(host: &Host) -> anyhow::Result<()> {
     let [distro, _] = MOUNT_NAMESPACES;
     let [mounts, root] = [distro, DISTRO_ROOT].map(|path| host.path(path));
     let open = |path| File::open(path).with_context(|| format!("opening {path}"));
-    let (namespace, directory) = (open(&mounts)?, open(&root)?);
-    setns(namespace, CloneFlags::CLONE_NEWNS)
-        .and_then(|()| fchdir(directory))
-        .and_then(|()| chroot("."))
+    enter(open(&mounts)?, open(&root)?)
         .with_context(|| format!("joining the mount namespace {mounts}"))
+}
+
+fn enter(namespace: File, root: File) -> nix::Result<()> {
+    setns(namespace, CloneFlags::CLONE_NEWNS).and_then(|()| fchdir(root)).and_then(|()| chroot("."))
 }
 
 /// Whether a file of another file system is bound over the status file. Unlike the list of mounts,

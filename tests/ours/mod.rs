@@ -103,8 +103,8 @@ pub trait Run {
     /// The program under test, outside of any distro.
     fn generator(&self) -> Command;
 
-    /// The same, with a fault that strace(1) puts into its system calls.
-    fn generator_under_strace(&self, fault: &str) -> Command;
+    /// The same, with faults that strace(1) puts into its system calls.
+    fn generator_under_strace(&self, faults: &[&str]) -> Command;
 
     /// A distro with the files of the Debian package.
     fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>>;
@@ -115,10 +115,11 @@ impl Run for Vm {
         self.command(NAME)
     }
 
-    fn generator_under_strace(&self, fault: &str) -> Command {
+    fn generator_under_strace(&self, faults: &[&str]) -> Command {
         let mut command = Command::new("strace");
         command
-            .args(["--output=/dev/null", "-e", fault])
+            .arg("--output=/dev/null")
+            .args(faults.iter().flat_map(|fault| ["-e", fault]))
             .arg(self.generator().get_program())
             .env_clear();
         command

@@ -16,7 +16,7 @@ use wsl_vm::Vm;
 use crate::ours::{extent, Install, Run};
 use crate::stand_in::{alone, served};
 use crate::strace::{self, Fault};
-use crate::verbs::Test;
+use crate::verbs::{as_in_a_distro, Test};
 
 const STATUS: &str = "/proc/sys/fs/binfmt_misc/status";
 const STATE: &str = "/run/wsl-binfmt";
@@ -53,20 +53,10 @@ pub const FAULTS: &[Test] = &[
         let before = table(&[":WSLInterop:M::MZ::/init:FP", ":cli:M::MZ::/bin/cat:"]);
         each(vm, &["restore"], &before, |_, _| Ok(()))
     }),
-    ("faults: guard", |vm| {
-        let before = |vm: &Vm| {
-            unguarded(vm)?;
-            vm.renew_interop()?;
-            write(DROP_IN, "[Service]\n")
-        };
-        each(vm, &["guard"], &before, |vm, said| {
-            guarded(vm, said)?;
-            // What cannot be noted keeps it from nothing else.
-            let of_a_note = ["before", "interop", "wsl.conf", "/run/systemd/system"];
-            let only_a_note = of_a_note.iter().any(|note| said.contains(note));
-            ensure!(!only_a_note || vm.mounts_on(STATUS)? == 1, "no mount");
-            Ok(())
-        })
+    ("faults: guard", guard),
+    ("faults: guard, where its mount propagates", |vm| {
+        as_in_a_distro(vm)?;
+        guard(vm)
     }),
     ("faults: stopping", |vm| {
         let before = |vm: &Vm| {
@@ -125,6 +115,22 @@ fn write(path: &str, text: &str) -> anyhow::Result<()> {
     let directory = Path::new(path).parent().context("a directory")?;
     fs::create_dir_all(directory)?;
     Ok(fs::write(path, text)?)
+}
+
+fn guard(vm: &Vm) -> anyhow::Result<()> {
+    let before = |vm: &Vm| {
+        unguarded(vm)?;
+        vm.renew_interop()?;
+        write(DROP_IN, "[Service]\n")
+    };
+    each(vm, &["guard"], &before, |vm, said| {
+        guarded(vm, said)?;
+        // What cannot be noted keeps it from nothing else.
+        let of_a_note = ["before", "interop", "wsl.conf", "/run/systemd/system"];
+        let only_a_note = of_a_note.iter().any(|note| said.contains(note));
+        ensure!(!only_a_note || vm.mounts_on(STATUS)? == 1, "no mount");
+        Ok(())
+    })
 }
 
 /// As if no guard had run yet.

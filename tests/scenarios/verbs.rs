@@ -1,10 +1,12 @@
 //! The verbs by themselves, in a VM without a distro.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{bail, ensure};
+use nix::poll::{poll, PollFd, PollFlags};
 use wsl_vm::Vm;
 
 use crate::ours::Run;
@@ -106,18 +108,35 @@ pub const VERBS: &[Test] = &[
         ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
         Ok(())
     }),
+    ("guard changes the mounts once", |vm| {
+        as_in_a_distro(vm)?;
+        // Slowly, so that no two changes look like one.
+        let mut guard = vm.generator_under_strace(&["inject=mount,umount2:delay_exit=50000"]);
+        let changes = changes_of_mounts(guard.arg("guard"))?;
+        ensure!(changes == 1, "{changes} changes");
+        ensure!(vm.mounts_on("/proc/sys/fs/binfmt_misc/status")? == 1);
+        ensure!(vm.mounts_on("/run/wsl-binfmt/status")? == 0);
+        let written = vm.write("status", "-1");
+        ensure!(written.is_err(), "the table was emptied: {:?}", vm.entries());
+        Ok(())
+    }),
     ("guard undoes its first steps if one fails", |vm| {
         let mounts = vm.mounts_on("/proc/sys/fs/binfmt_misc/status")?;
         ensure!(mounts == 0, "{mounts} mounts before");
-        // The second mount(2) of the program is the one that makes its file read-only, the third
-        // binds that over the table's.
+        // In a container it may have to do it here, where the second mount(2) makes its file
+        // read-only, and the third binds that over the table's.
+        let contained = "inject=unshare:error=EPERM";
+        let fails = |call| {
+            let fault = format!("inject=mount:error=EPERM:when={call}");
+            vm.generator_under_strace(&[contained, &fault])
+        };
         expect_of(
-            vm.generator_under_strace("inject=mount:error=EPERM:when=2").arg("guard"),
+            fails(2).arg("guard"),
             1,
             "making /run/wsl-binfmt/status read-only: EPERM: Operation not permitted",
         )?;
         expect_of(
-            vm.generator_under_strace("inject=mount:error=EPERM:when=3").arg("guard"),
+            fails(3).arg("guard"),
             1,
             "binding /run/wsl-binfmt/status over /proc/sys/fs/binfmt_misc/status: \
              EPERM: Operation not permitted",
@@ -188,4 +207,29 @@ fn expect_of(command: &mut Command, status: i32, says: &str) -> anyhow::Result<(
         output.status
     );
     Ok(())
+}
+
+/// WSL shares these mounts with a second namespace.
+pub fn as_in_a_distro(vm: &Vm) -> anyhow::Result<()> {
+    vm.mount_tmpfs("/run", "1m")?;
+    ["/run", "/proc/sys/fs/binfmt_misc"].iter().try_for_each(|path| vm.share(path))
+}
+
+/// How often the kernel reports a change of the mounts, as systemd waits for it, while this runs.
+fn changes_of_mounts(command: &mut Command) -> anyhow::Result<u32> {
+    let mounts = fs::File::open("/proc/self/mountinfo")?;
+    let has_changed = |wait: u16| -> anyhow::Result<bool> {
+        let mut polled = [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)];
+        Ok(poll(&mut polled, wait)? > 0)
+    };
+    let mut running = command.spawn()?;
+    let mut changes = 0;
+    loop {
+        let has_ended = running.try_wait()?;
+        changes += u32::from(has_changed(10)?);
+        if let Some(status) = has_ended {
+            ensure!(status.success(), "{status}");
+            return Ok(changes);
+        }
+    }
 }

@@ -167,6 +167,11 @@ impl Vm {
         mount("tmpfs", path, "tmpfs", &format!("size={size}"))
     }
 
+    /// Lets what is mounted below this mount propagate to copies of it, as in a distro.
+    pub fn share(&self, path: &str) -> anyhow::Result<()> {
+        mount("none", path, "shared", "")
+    }
+
     /// Takes away what is mounted on a path.
     pub fn unmount(&self, path: &str) -> anyhow::Result<()> {
         nix::mount::umount(path).with_context(|| format!("unmounting {path}"))
