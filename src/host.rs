@@ -21,7 +21,7 @@ pub const RUN: &str = "/run";
 pub const STATE: &str = "/run/wsl-binfmt";
 /// The names of all entries from before this distro registered its own.
 pub const BEFORE: &str = "/run/wsl-binfmt/before";
-/// The inode of the interop entry when everything was last in order.
+/// The inode of the interop entry after the last repair; 0 if it was left to others.
 pub const INTEROP: &str = "/run/wsl-binfmt/interop";
 /// The settings of wsl.conf when the distro started.
 pub const BOOT_CONF: &str = "/run/wsl-binfmt/wsl.conf";
@@ -79,6 +79,8 @@ pub const PID1_CONTAINER: &str = "/run/systemd/container";
 pub const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
 /// The mount namespace of the distro, and of this process, namespaces(7).
 pub const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
+/// The root directory of this process.
+pub const OWN_ROOT: &str = "/proc/self/root";
 /// The root directory of the distro.
 pub const DISTRO_ROOT: &str = "/proc/1/root";
 /// The command that packages install beside the generator.

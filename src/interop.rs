@@ -86,10 +86,10 @@ pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
     rivals.map(|listed| listed.name.clone()).collect()
 }
 
-/// The entries with a longer magic that come after ours, and so get nothing. Last first, so that
+/// The entries with a longer magic that come after ours or its stand-in, and so get nothing. Last first, so that
 /// they keep their order when each is put ahead.
 pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
-    let behind = entries.iter().skip_while(|listed| listed.name != NAME);
+    let behind = entries.iter().skip_while(|listed| ![NAME, STAND_IN].contains(&&*listed.name));
     let longer = behind.filter(|listed| {
         listed.entry.enabled
             && listed.entry.claim() == Claim::Longer
@@ -196,6 +196,10 @@ mod tests {
         ]);
         assert_eq!(rivals_ahead(&entries), ["mine"]);
         let names: Vec<_> = misplaced(&entries).iter().map(|l| &l.name).collect();
+        assert_eq!(names, ["older", "newer"]);
+        let (_, rest) = entries.split_at(4);
+        let covered = [&listed(&[(STAND_IN, wanted())]), rest].concat();
+        let names: Vec<_> = misplaced(&covered).iter().map(|l| &l.name).collect();
         assert_eq!(names, ["older", "newer"]);
     }
 

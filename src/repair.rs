@@ -114,7 +114,8 @@ pub fn settle(
         true => settle_entry(host, table, &mut settled)
             .and_then(|()| put_ahead(table, &mut records, pending, &mut settled))
             .and_then(|()| drop_stand_in(table, &mut settled)),
-        false => put_ahead(table, &mut records, pending, &mut settled),
+        false => put_ahead(table, &mut records, pending, &mut settled)
+            .and_then(|()| stand_by(host, table)),
     };
     settled.problems.extend(result.err());
     for record in &records {
@@ -140,15 +141,34 @@ fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Leaves WSLInterop to others for now, and makes the stand-in serve, unless an entry does that
+/// stands well. Own rules that take Windows programs may just have come first.
+fn stand_by(host: &Host, table: &Table) -> anyhow::Result<()> {
+    let entries = table.entries()?;
+    require_untouched(table, &entries)?;
+    let stands_well =
+        |first: &Listed| first.entry.interpreter == INIT && interop::has_flags(&first.entry);
+    match interop::first(&entries).is_some_and(stands_well) {
+        true => Ok(()),
+        false => stand_in(host, table, &entries),
+    }
+}
+
+/// Fails, without a stand-in, if somebody has changed the entry.
+fn require_untouched(table: &Table, entries: &[Listed]) -> anyhow::Result<()> {
+    if let Some(fault) = interop::find(entries, NAME).and_then(interop::fault) {
+        table.unregister(STAND_IN)?;
+        bail!("{NAME} {fault}: somebody changed it, leaving it alone");
+    }
+    Ok(())
+}
+
 /// Registers the entry, with its flags and ahead of its rivals.
 fn settle_entry(host: &Host, table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     let entries = table.entries()?;
+    require_untouched(table, &entries)?;
     match interop::find(&entries, NAME) {
         Some(entry) => {
-            if let Some(fault) = interop::fault(entry) {
-                table.unregister(STAND_IN)?;
-                bail!("{NAME} {fault}: somebody changed it, leaving it alone");
-            }
             let rivals = interop::rivals_ahead(&entries);
             let lost = !interop::has_flags(entry);
             if lost || !rivals.is_empty() {

@@ -15,7 +15,7 @@ use nix::unistd::{chroot, fchdir};
 use crate::binfmt_misc::{is_failed_call, Table};
 use crate::host::{
     Host, BEFORE, BINFMT_MISC, BOOT_CONF, DISTRO_ROOT, EARLY, GUARD_FILE, INTEROP, LOCAL_UNITS,
-    MOUNT_NAMESPACES, RUN,
+    MOUNT_NAMESPACES, OWN_ROOT, RUN,
 };
 use crate::log::Log;
 use crate::machine;
@@ -119,7 +119,7 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
 }
 
 /// Makes the mount in another mount namespace, from where only the last step propagates to the
-/// distro's: one change instead of four. After five changes in a second, systemd mounts nothing for
+/// distro: one change instead of four. After five changes in a second, systemd mounts nothing for
 /// the rest of it, and a boot took 0.8 seconds longer. Where the table's mount does not propagate,
 /// nothing happens.
 ///
@@ -127,7 +127,7 @@ pub fn bind_over_status(host: &Host) -> anyhow::Result<()> {
 /// There is no way back.
 fn bind_from_aside(host: &Host, file: &Utf8Path, status: &Utf8Path) -> anyhow::Result<()> {
     let [_, own] = MOUNT_NAMESPACES;
-    let [namespace, root] = [own, "/"].map(|path| File::open(host.path(path)));
+    let [namespace, root] = [own, OWN_ROOT].map(|path| File::open(host.path(path)));
     let (Ok(namespace), Ok(root)) = (namespace, root) else {
         return Ok(());
     };

@@ -30,6 +30,8 @@ const UNDONE: Duration = Duration::from_millis(50);
 const UNDONE_IN_A_ROW: u32 = 5;
 /// In a fight these waits are doubled each time, up to this factor.
 const LONGEST: u32 = 32;
+/// The same while others write on and on, but undo nothing.
+const LONGEST_UNQUIET: u32 = 4;
 /// The pause between two looks at a table that is being written to.
 const PACE: Duration = Duration::from_millis(1);
 const PACE_IN_A_FIGHT: Duration = Duration::from_millis(20);
@@ -231,7 +233,10 @@ impl<'a> Watcher<'a> {
         }
         let quiet = now >= burst.quiet_at;
         if !quiet {
-            self.give_way();
+            // Not for long: each look later can be the first quiet one.
+            if self.times < LONGEST_UNQUIET {
+                self.give_way();
+            }
             self.burst = Some(Burst { since: now, quiet_at: burst.quiet_at });
         }
         let table = &self.table;

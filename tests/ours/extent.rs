@@ -93,7 +93,7 @@ pub fn in_words() -> &'static str {
     if is_all() {
         "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
     } else {
-        "on systemd 247 and 257, the longest only on 257, controls only of the others there, races 100 \
-         times, every fifth fault; WSL_TESTS=all does all of it"
+        "on systemd 247 and 257, the longest only on 257, stock distros only there and not for the \
+         longest, races 100 times, every fifth fault; WSL_TESTS=all does all of it"
     }
 }

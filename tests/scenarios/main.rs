@@ -91,7 +91,6 @@ const WITH_PACKAGE: &[&[Test]] = &[debian_package::DEBIAN_PACKAGE, in_the_image:
 const LONG: &[&str] = &[
     "neighbours: a stock distro, and WSL that does nothing for interop",
     "neighbours: one of ours, and WSL that does nothing for interop",
-    "neighbours: one of ours, and WSL with drop-ins",
     "neighbours: a stock distro, and WSL with a lock",
     "neighbours: one of ours, and WSL with a lock",
 ];

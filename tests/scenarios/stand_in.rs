@@ -87,7 +87,7 @@ pub const STAND_IN: &[Test] = &[
         while start.elapsed() < Duration::from_secs(3) {
             vm.write("status", "-1")?;
             // On a busy machine, WSL's drop-in may stall for as long as this.
-            thread::sleep(Duration::from_millis(200));
+            thread::sleep(Duration::from_millis(100));
             ensure!(vm.launch() == "starts", "{}", vm.launch());
             vm.register(DROP_IN).with_context(|| format!("after {:?}", start.elapsed()))?;
         }
@@ -145,7 +145,7 @@ pub const STAND_IN: &[Test] = &[
 
 pub const RUNNING: &str = "systemd-binfmt active, system running";
 
-/// Waits until something holds, and says how long that took, to a twentieth.
+/// Waits until something holds, and says how long that took, to a quarter.
 pub fn within(limit: Duration, holds: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
     let start = Instant::now();
     loop {
@@ -156,7 +156,8 @@ pub fn within(limit: Duration, holds: impl Fn() -> anyhow::Result<()>) -> anyhow
             // Who asks without a pause keeps from its work what is waited for.
             Err(_) => {
                 let answered = start.elapsed() - asked;
-                let pause = (start.elapsed() / 20).max(4 * answered);
+                let elapsed = start.elapsed();
+                let pause = (elapsed / 20).max((4 * answered).min(elapsed / 4));
                 thread::sleep(pause.clamp(Duration::from_micros(100), Duration::from_millis(100)));
             }
         }
