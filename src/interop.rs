@@ -86,8 +86,8 @@ pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
     rivals.map(|listed| listed.name.clone()).collect()
 }
 
-/// The entries with a longer magic that come after ours or its stand-in, and so get nothing. Last first, so that
-/// they keep their order when each is put ahead.
+/// The entries with a longer magic that come after ours or its stand-in, and so get nothing. Last
+/// first, so that they keep their order when each is put ahead.
 pub fn misplaced(entries: &[Listed]) -> Vec<&Listed> {
     let behind = entries.iter().skip_while(|listed| ![NAME, STAND_IN].contains(&&*listed.name));
     let longer = behind.filter(|listed| {

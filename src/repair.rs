@@ -86,7 +86,7 @@ impl Pending {
 /// Puts the table in order. Own rules are registered, see `Record::heal`. If the table is `quiet`,
 /// WSLInterop is registered as WSL has it, ahead of all entries that take ordinary Windows programs,
 /// and the stand-in is removed; otherwise who writes may be about to register that name, and the
-/// stand-in has to do. Entries with a longer magic are put ahead of WSLInterop: one with `F` only by
+/// stand-in has to do. Entries with a longer magic are put ahead of either: one with `F` only by
 /// its owner, whose file it holds; one without `F` by others too, if it was `pending` before, or if
 /// there is no look after this one.
 pub fn settle(
@@ -141,14 +141,14 @@ fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Leaves WSLInterop to others for now, and makes the stand-in serve, unless an entry does that
-/// stands well. Own rules that take Windows programs may just have come first.
+/// Leaves WSLInterop to others for now, and puts the stand-in first, unless the first entry that
+/// takes Windows programs is as good. An own rule that was just registered may take them.
 fn stand_by(host: &Host, table: &Table) -> anyhow::Result<()> {
     let entries = table.entries()?;
     require_untouched(table, &entries)?;
-    let stands_well =
+    let is_as_good =
         |first: &Listed| first.entry.interpreter == INIT && interop::has_flags(&first.entry);
-    match interop::first(&entries).is_some_and(stands_well) {
+    match interop::first(&entries).is_some_and(is_as_good) {
         true => Ok(()),
         false => stand_in(host, table, &entries),
     }

@@ -57,7 +57,7 @@ fn every_target_is_run_and_has_a_corpus() -> anyhow::Result<()> {
 /// Runs a target. What it finds, and what it fails with, stays below the build directory.
 fn fuzz(target: &str, runs: u32) -> anyhow::Result<()> {
     let asked = std::env::var("FUZZ_RUNS").ok();
-    let is_wanted = asked.is_some() || extent::has(&format!("THE PARSER {target} IS"))?;
+    let is_wanted = asked.is_some() || extent::has(&format!("THE FUZZ TARGET {target} IS"))?;
     if !is_wanted || !have_programs("g++:g++")? {
         return Ok(());
     }

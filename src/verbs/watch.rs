@@ -233,7 +233,7 @@ impl<'a> Watcher<'a> {
         }
         let quiet = now >= burst.quiet_at;
         if !quiet {
-            // Not for long: each look later can be the first quiet one.
+            // Only up to a point: whoever just writes on and on undoes nothing.
             if self.times < LONGEST_UNQUIET {
                 self.give_way();
             }

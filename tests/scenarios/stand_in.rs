@@ -95,6 +95,33 @@ pub const STAND_IN: &[Test] = &[
         watcher.stop()?;
         Ok(())
     }),
+    ("stand-in: what is not as it should be is covered in a table that is never quiet", |vm| {
+        // APE's rule is behind an entry that has lost its F.
+        vm.write("WSLInterop", "-1")?;
+        vm.register(":APE:M::MZqFpD::/bin/echo:")?;
+        vm.register(DROP_IN)?;
+        let entry = vm.entry_identity("WSLInterop")?;
+        let watcher = Watcher::start(vm)?;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(8) {
+            vm.register(":other:M::OTHER::/bin/cat:")?;
+            thread::sleep(Duration::from_millis(50));
+            vm.write("other", "-1")?;
+        }
+        // At once, before it is quiet.
+        let (stand_in, order) = (vm.entry("WSLInterop-next"), vm.entries_in_order());
+        ensure!(stand_in == WANTED, "{stand_in}");
+        ensure!(vm.entry_identity("WSLInterop")? == entry, "WSLInterop was not left to others");
+        ensure!(order == ["APE", "WSLInterop-next", "WSLInterop"], "{order:?}");
+        within(IN_TIME, || {
+            let order = vm.entries_in_order();
+            ensure!(order == ["APE", "WSLInterop"], "{order:?}");
+            Ok(())
+        })?;
+        alone(vm)?;
+        watcher.stop()?;
+        Ok(())
+    }),
     ("stand-in: two watchers do each other no harm", |vm| many_watchers(vm, 2)),
     ("stand-in: ten watchers do each other no harm", |vm| many_watchers(vm, 10)),
     ("stand-in: programs start in a fight without end", |vm| {

@@ -123,12 +123,12 @@ pub const VERBS: &[Test] = &[
     ("guard undoes its first steps if one fails", |vm| {
         let mounts = vm.mounts_on("/proc/sys/fs/binfmt_misc/status")?;
         ensure!(mounts == 0, "{mounts} mounts before");
-        // In a container it may have to do it here, where the second mount(2) makes its file
+        // Without a namespace aside it takes all steps here: the second mount(2) makes its file
         // read-only, and the third binds that over the table's.
-        let contained = "inject=unshare:error=EPERM";
+        let confined = "inject=unshare:error=EPERM";
         let fails = |call| {
             let fault = format!("inject=mount:error=EPERM:when={call}");
-            vm.generator_under_strace(&[contained, &fault])
+            vm.generator_under_strace(&[confined, &fault])
         };
         expect_of(
             fails(2).arg("guard"),
