@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{ensure, Context};
 
@@ -34,7 +35,14 @@ pub fn directory(suite: &str) -> anyhow::Result<PathBuf> {
 /// Downloads the packages for the trees of these suites, unless they are there.
 pub fn download_packages(suites: &[&str]) -> anyhow::Result<()> {
     let _lock = wsl_vm::lock()?;
-    suites.iter().try_for_each(|suite| download(suite))
+    thread::scope(|scope| {
+        let downloads: Vec<_> =
+            suites.iter().map(|suite| scope.spawn(|| download(suite))).collect();
+        for download in downloads {
+            download.join().expect("downloading does not panic")?;
+        }
+        Ok(())
+    })
 }
 
 fn download(suite: &str) -> anyhow::Result<()> {
@@ -147,8 +155,8 @@ impl Apt {
 /// used, and 400 MB become 10: not what they do is tested, but what scripts and triggers do.
 fn repack(package: &Path, to: &Path, version_end: &str) -> anyhow::Result<()> {
     let unpacked = to.with_extension("unpacked");
-    let dpkg_deb = |arguments: [&OsStr; 3]| succeed(Command::new("dpkg-deb").args(arguments));
-    dpkg_deb(["-R".as_ref(), package.as_ref(), unpacked.as_ref()])?;
+    let dpkg_deb = |arguments: &[&OsStr]| succeed(Command::new("dpkg-deb").args(arguments));
+    dpkg_deb(&["-R".as_ref(), package.as_ref(), unpacked.as_ref()])?;
 
     let control = unpacked.join("DEBIAN/control");
     let text = fs::read_to_string(&control)?;
@@ -169,7 +177,8 @@ fn repack(package: &Path, to: &Path, version_end: &str) -> anyhow::Result<()> {
         }
     }
 
-    dpkg_deb(["-b".as_ref(), unpacked.as_ref(), to.as_ref()])?;
+    // To compress them would take longer than all installations of what is compressed.
+    dpkg_deb(&["-Znone".as_ref(), "-b".as_ref(), unpacked.as_ref(), to.as_ref()])?;
     Ok(fs::remove_dir_all(unpacked)?)
 }
 

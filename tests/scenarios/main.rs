@@ -206,12 +206,15 @@ fn checks(whole: bool) -> Vec<(String, Check)> {
         }
         all.extend(pair.into_iter().flatten());
     }
+    // By then it is built.
+    let middle = all.len() / 2;
+    all.splice(middle..middle, others.iter().map(of_package).filter(|_| whole));
     let installed = WITH_PACKAGE.iter().copied().flatten().map(|(name, _)| {
         let check = in_vm(name);
         let check: Check = Box::new(move |machine| package().and_then(|_| check(machine)));
         (name.to_string(), check)
     });
-    all.extend(others.iter().map(of_package).chain(installed).filter(|_| whole));
+    all.extend(installed.filter(|_| whole));
     // Last, so that nothing waits for them.
     all.sort_by_key(|(name, _)| ALONE.contains(&&**name));
     for listed in ALONE.iter().chain(LONG) {
