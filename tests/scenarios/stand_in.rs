@@ -50,7 +50,7 @@ pub const STAND_IN: &[Test] = &[
         ensure!(state(&peer) == RUNNING, "{}", state(&peer));
         // Nobody can be quicker than the kernel in telling of the peer's wipe.
         ensure!(
-            launches.started > 500 && launches.longest_gap < Duration::from_millis(250),
+            launches.started > 500 && launches.longest_outage < Duration::from_millis(250),
             "{launches:?}"
         );
         within(SOON, || alone(vm))?;
@@ -152,19 +152,26 @@ pub const STAND_IN: &[Test] = &[
     }),
     ("lock: nobody without privileges delays a repair", |vm| {
         let _locks = Locks::held()?;
-        vm.write("WSLInterop", "-1")?;
-        let start = Instant::now();
-        let output = vm.generator().arg("restore").output()?;
-        let spent = start.elapsed();
-        ensure!(output.status.success(), "{output:?}");
-        ensure!(spent < Duration::from_millis(100), "restore: {spent:?}");
+        let restore = || {
+            vm.write("WSLInterop", "-1")?;
+            let start = Instant::now();
+            let output = vm.generator().arg("restore").output()?;
+            ensure!(output.status.success(), "{output:?}");
+            Ok(start.elapsed())
+        };
+        let spent = quickest(restore)?;
+        ensure!(spent < LOCK_WAIT, "restore: {spent:?}");
 
         let watcher = Watcher::start(vm)?;
-        let _locks = Locks::held()?;
-        vm.write("WSLInterop", "-1")?;
-        let spent = within(SOON, || served(vm))?;
-        ensure!(spent < Duration::from_millis(100), "the watcher: {spent:?}");
-        within(SOON, || alone(vm))?;
+        let watch = || {
+            let _locks = Locks::held()?;
+            vm.write("WSLInterop", "-1")?;
+            let spent = within(SOON, || served(vm))?;
+            within(SOON, || alone(vm))?;
+            Ok(spent)
+        };
+        let spent = quickest(watch)?;
+        ensure!(spent < LOCK_WAIT, "the watcher: {spent:?}");
         watcher.stop()?;
         Ok(())
     }),
@@ -267,6 +274,16 @@ fn many_watchers(vm: &Vm, count: u32) -> anyhow::Result<()> {
         ensure!(error.is_none(), "{log}");
     }
     Ok(())
+}
+
+/// Who heeds somebody's lock waits for as long as this, each time.
+const LOCK_WAIT: Duration = Duration::from_millis(200);
+
+/// The quickest of five, as a busy machine makes single ones slow.
+fn quickest(of: impl Fn() -> anyhow::Result<Duration>) -> anyhow::Result<Duration> {
+    let mut times = (0..5).map(|_| of()).collect::<Result<Vec<_>, _>>()?;
+    times.sort();
+    Ok(times[0])
 }
 
 /// An unprivileged user's locks on all of the table that he can open.
