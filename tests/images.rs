@@ -10,8 +10,12 @@ mod shell;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{ensure, Context};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use wsl_vm::{Machine, Needs};
 
 use ours::extent;
@@ -145,6 +149,40 @@ fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow:
     for line in ["status 1", "beside it status 1", "nothing is left"] {
         ensure!(output.contains(&format!("\n{line}\n")), "{output}");
     }
+    Ok(())
+}
+
+/// Whoever removes what a killed mmdebstrap leaves must not find the machine's /dev and /sys in it.
+#[test]
+fn making_a_tree_mounts_nothing_on_the_machine_even_if_it_is_killed() -> anyhow::Result<()> {
+    if !extent::has("KILLED MAKING OF A TREE IS")? || !can_be_tried()? {
+        return Ok(());
+    }
+    let tree = "killed/trixie.unfinished";
+    let has_mounts = |process: &str| {
+        let mounts = fs::read_to_string(format!("/proc/{process}/mountinfo"));
+        mounts.is_ok_and(|mounts| mounts.contains(tree))
+    };
+    let directory = scratch("killed")?;
+    let making = thread::spawn(move || wsl_vm::debian::tree(&directory, "trixie", "systemd", None));
+    let mut killed = 0;
+    while !making.is_finished() {
+        ensure!(!has_mounts("self"), "the machine has mounts in {tree}");
+        for process in fs::read_dir("/proc")? {
+            let process = process?.file_name().to_string_lossy().into_owned();
+            let Ok(pid) = process.parse() else { continue };
+            let command = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&command).contains(tree) && has_mounts(&process) {
+                // It may have ended meanwhile.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                killed += 1;
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let made = making.join().expect("making a tree does not panic");
+    ensure!(killed > 0 && made.is_err(), "{killed} killed: {made:?}");
+    ensure!(!has_mounts("self"), "the machine has mounts in {tree}");
     Ok(())
 }
 

@@ -35,7 +35,10 @@ pub fn tree(
     }
     let unfinished = directory.join(format!("{suite}.unfinished"));
     succeed(
-        Command::new("mmdebstrap")
+        // It mounts /proc, /sys and devices below the tree. If it is killed, they end with this mount
+        // namespace: the machine never has them where somebody removes what is unfinished.
+        Command::new("unshare")
+            .args(["--mount", "mmdebstrap"])
             .arg("--variant=minbase")
             // A suite keeps its last index for good once it is archived, and a mirror may lag.
             .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
