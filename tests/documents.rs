@@ -2,10 +2,9 @@
 //! block says how: `run` and `prints` here, `run in the image` in tests/scenarios/packages.rs.
 
 #[allow(dead_code)] // Each user needs a part of it.
-#[path = "ours/extent.rs"]
-mod extent;
-#[allow(dead_code)] // Each user needs a part of it.
 mod markdown;
+#[allow(dead_code)] // Each user needs a part of it.
+mod ours;
 mod shell;
 
 use std::fs;
@@ -13,7 +12,10 @@ use std::path::Path;
 
 use anyhow::{ensure, Context};
 
+use wsl_vm::{Machine, Needs};
+
 use markdown::blocks;
+use ours::extent;
 use shell::{have_programs, sh, SOURCE};
 
 const DOCUMENTS: [&str; 4] =
@@ -41,12 +43,15 @@ fn every_command_of_the_documents_is_run_or_says_where_it_is() -> anyhow::Result
     if !have_programs("meson:meson ninja:ninja-build pkg-config:pkgconf")? {
         return Ok(());
     }
+    let needs = Needs { suites: &["trixie"], packages: ours::PACKAGES, ..Needs::default() };
+    let has_vm = Machine::is_prepared_for("WHAT README.md RUNS IN A VM IS", &needs)?;
     let mut runs = 0;
     for document in DOCUMENTS {
         let mut printed = String::new();
         for block in blocks(document)? {
             let text = &block.text;
             match block.mark.split_once(' ').unwrap_or((&block.mark, "")) {
+                ("run", "in place") | ("prints", "") if !has_vm => {}
                 ("run", place @ ("" | "in place")) => {
                     let place = if place.is_empty() { COPY } else { PLACE };
                     printed = sh("run", &format!("{place}{text}"))?;
@@ -67,7 +72,7 @@ fn every_command_of_the_documents_is_run_or_says_where_it_is() -> anyhow::Result
             }
         }
     }
-    ensure!(runs > 1, "{runs} commands were run");
+    ensure!(runs > usize::from(has_vm), "{runs} commands were run");
     Ok(())
 }
 

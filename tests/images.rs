@@ -90,11 +90,10 @@ fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyho
 
 #[test]
 fn debian_from_11_to_testing_is_tried_as_a_tar() -> anyhow::Result<()> {
-    if !can_be_tried()? {
+    let suites = extent::of_long(&["bullseye", "bookworm", "trixie", "forky"]);
+    if !has_trees(&suites)? || !can_be_tried()? {
         return Ok(());
     }
-    let suites = extent::of_long(&["bullseye", "bookworm", "trixie", "forky"]);
-    Machine::prepare(&Needs { suites: &suites, packages: ours::PACKAGES, ..Needs::default() })?;
     for suite in suites {
         // Stock, under a WSL that does nothing for interop.
         let output = sh(
@@ -139,15 +138,59 @@ in two lines" etc/$(printf 'b\374cher')
 
 #[test]
 fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow::Result<()> {
-    if !extent::has("AN IMAGE WITH LABELS, NODES AND FAR USERS IS")? || !can_be_tried()? {
+    if !extent::has("AN IMAGE WITH LABELS, NODES AND FAR USERS IS")?
+        || !has_trees(&["trixie"])?
+        || !can_be_tried()?
+    {
         return Ok(());
     }
-    Machine::prepare(&Needs { suites: &["trixie"], packages: ours::PACKAGES, ..Needs::default() })?;
     let output = sh("unusual", UNUSUAL)?;
     ensure!(output.contains("do not start"), "{output}");
     ensure!(output.contains("running"), "{output}");
     for line in ["status 1", "beside it status 1", "nothing is left"] {
         ensure!(output.contains(&format!("\n{line}\n")), "{output}");
+    }
+    Ok(())
+}
+
+/// What a machine may lack: how to run a program so, and what is then said.
+const LACKS: [(&str, &str); 4] = [
+    ("unshare --user --map-user=1000", "the simulated WSL VM needs root"),
+    (
+        r#"unshare --mount sh -c 'mount --bind release /proc/sys/kernel/osrelease; exec "$0" "$@"'"#,
+        "newer; this is 6.6.0",
+    ),
+    ("unshare --net", "could not be made, for which a network is needed: "),
+    ("env PATH=$PWD/bin", "mmdebstrap is missing: this is not Debian, where apt-get "),
+];
+
+#[test]
+fn what_the_machine_lacks_is_said_in_one_line_and_is_a_failure_in_ci() -> anyhow::Result<()> {
+    if !Machine::is_had_for("WHAT A MACHINE MAY LACK IS")? {
+        return Ok(());
+    }
+    let program = std::env::current_exe()?;
+    let program = program.to_str().context("a path that is not UTF-8")?.replace('\'', r"'\''");
+    for (lacking, said) in LACKS {
+        let output = sh(
+            "lacks",
+            &format!(
+                r#"rm -rf bin nothing; mkdir bin; echo 6.6.0 >release
+                IFS=:; for directory in $PATH; do
+                    ln -s "$directory"/* bin 2>/dev/null || true
+                done
+                rm -f bin/apt* bin/dpkg* bin/mmdebstrap
+                unset IFS WSL_TESTS CI
+                export WSL_VM_DIRECTORY="$PWD/nothing"
+                set -- '{program}' --exact debian_from_11_to_testing_is_tried_as_a_tar
+                {lacking} "$@" 2>&1 >/dev/null | sed '/^$/d'
+                export CI=true
+                {lacking} "$@" >/dev/null 2>&1 || echo "a failure in CI""#
+            ),
+        )?;
+        let lines: Vec<&str> = output.lines().collect();
+        ensure!(lines.len() == 2 && lines[0].contains(said), "{lacking}: {output}");
+        ensure!(lines[1] == "a failure in CI", "{lacking}: {output}");
     }
     Ok(())
 }
@@ -184,6 +227,12 @@ fn making_a_tree_mounts_nothing_on_the_machine_even_if_it_is_killed() -> anyhow:
     ensure!(killed > 0 && made.is_err(), "{killed} killed: {made:?}");
     ensure!(!has_mounts("self"), "the machine has mounts in {tree}");
     Ok(())
+}
+
+/// Whether these Debian trees are there, or can be made.
+fn has_trees(suites: &[&str]) -> anyhow::Result<bool> {
+    let needs = Needs { suites, packages: ours::PACKAGES, ..Needs::default() };
+    Machine::is_prepared_for("IMAGES OF DEBIAN ARE", &needs)
 }
 
 /// Builds the program, once, or says loudly where it cannot run; in CI that is a failure.

@@ -43,6 +43,8 @@ pub enum Lack {
     NotRoot,
     /// Before Linux 6.7 there is one binfmt_misc table for all. This is the kernel's release.
     OldKernel(String),
+    /// Something that is made of Debian's packages cannot be had: what, and why.
+    FromDebian(String),
 }
 
 impl fmt::Display for Lack {
@@ -54,6 +56,7 @@ impl fmt::Display for Lack {
                 "the simulated WSL VM needs a binfmt_misc table of its own, so Linux 6.7 or \
                  newer; this is {release}"
             ),
+            Lack::FromDebian(why) => write!(f, "{why}"),
         }
     }
 }
@@ -120,17 +123,24 @@ impl Machine {
     /// # Errors
     /// It cannot, and this is CI, where that is a failure.
     pub fn is_had_for(what: &str) -> anyhow::Result<bool> {
-        let Some(lack) = Machine::lacks() else {
-            return Ok(true);
-        };
-        if std::env::var_os("CI").is_some() {
-            return Err(lack.into());
+        Machine::lacks().map_or(Ok(true), |lack| said(what, lack.into()).map(|()| false))
+    }
+
+    /// The same, with all that its VMs need made, too.
+    ///
+    /// # Errors
+    /// This is CI, or what is needed fails in some other way.
+    pub fn is_prepared_for(what: &str, needs: &Needs) -> anyhow::Result<bool> {
+        if !Machine::is_had_for(what)? {
+            return Ok(false);
         }
-        writeln!(io::stderr(), "\n{what} NOT TESTED: {lack}\n")?;
-        Ok(false)
+        Machine::prepare(needs).map_or_else(|error| said(what, error).map(|()| false), |_| Ok(true))
     }
 
     /// Makes what VMs need, or finds it made.
+    ///
+    /// # Errors
+    /// It cannot be made; a [`Lack`] if it is of Debian's packages.
     pub fn prepare(needs: &Needs) -> anyhow::Result<Machine> {
         let directory = directory()?;
         fs::create_dir_all(directory.join("root"))?;
@@ -218,6 +228,15 @@ impl Machine {
             None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
         }
     }
+}
+
+/// Says what is not tested for a [`Lack`]. In CI that is an error, and another error is one anywhere.
+fn said(what: &str, error: anyhow::Error) -> anyhow::Result<()> {
+    if !error.is::<Lack>() || std::env::var_os("CI").is_some() {
+        return Err(error);
+    }
+    // In one piece, as the harness prints at the same time.
+    Ok(io::stderr().write_all(format!("\n{what} NOT TESTED: {error}\n\n").as_bytes())?)
 }
 
 /// Lets the VM have all users, as soon as it has a user namespace, and says so to it.
