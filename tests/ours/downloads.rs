@@ -8,10 +8,11 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 
-use anyhow::{ensure, Context};
+use anyhow::{bail, ensure, Context};
+use wsl_vm::{debian, Lack};
 
 use super::succeed;
 
@@ -132,13 +133,17 @@ impl Apt {
     }
 
     fn run(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<()> {
-        succeed(
-            Command::new("apt-get")
-                .current_dir(directory)
-                .env("APT_CONFIG", &self.config)
-                .args(["-q", "-y"])
-                .args(arguments),
-        )?;
+        let apt = Command::new("apt-get")
+            .current_dir(directory)
+            .env("APT_CONFIG", &self.config)
+            .args(["-q", "-y"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()?;
+        if !apt.status.success() {
+            let why = debian::first_error(&apt.stderr);
+            bail!(Lack::FromDebian(format!("packages for distros cannot be downloaded: {why}")));
+        }
         Ok(())
     }
 

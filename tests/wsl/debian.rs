@@ -52,13 +52,11 @@ pub fn tree(
         .stdin(Stdio::null())
         .output()?;
     if !made.status.success() {
-        let log = directory.join(format!("{suite}.log"));
-        fs::write(&log, &made.stderr)?;
+        let said = String::from_utf8_lossy(&made.stderr);
+        ensure!(said.contains("E: Failed to fetch"), "mmdebstrap: {}\n{said}", made.status);
         bail!(Lack::FromDebian(format!(
-            "the Debian tree of {suite} could not be made, for which a network is needed: {}; all \
-             that was said is in {}",
-            first_error(&made.stderr),
-            log.display()
+            "the Debian tree of {suite} could not be made, for which a network is needed: {}",
+            first_error(&made.stderr)
         )));
     }
     fs::rename(&unfinished, &tree)?;
@@ -109,7 +107,7 @@ pub fn require(program: &str, package: &str) -> anyhow::Result<()> {
 }
 
 /// The first line of apt's or mmdebstrap's that is an error.
-fn first_error(said: &[u8]) -> String {
+pub fn first_error(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
     let error = said.lines().find_map(|line| line.strip_prefix("E: "));
     error.unwrap_or("it says no error").trim().to_owned()
