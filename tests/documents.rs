@@ -11,7 +11,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{ensure, Context};
-
 use wsl_vm::{Machine, Needs};
 
 use markdown::blocks;

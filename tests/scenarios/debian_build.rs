@@ -3,6 +3,7 @@
 //! played in `debian_package.rs`.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{ensure, Context};
 
@@ -17,6 +18,7 @@ pub const DEBIAN_BUILD: &[Check] = &[
         Ok(())
     }),
     ("the Debian package is cross-built for the other architecture of WSL", cross_built),
+    ("the Debian package is put into an image, as its maintainer tries it", tried_in_an_image),
 ];
 
 /// A name, and what to look at.
@@ -69,5 +71,26 @@ fn cross_built(package: &DebianPackage) -> anyhow::Result<()> {
         _ => "Advanced Micro Devices X86-64",
     };
     assert_eq!(said, format!("{FOREIGN}\n{machine}\n"));
+    Ok(())
+}
+
+/// Under a WSL that does nothing for interop.
+fn tried_in_an_image(package: &DebianPackage) -> anyhow::Result<()> {
+    let built = fs::read_dir(package.directory.join("package"))?.next().context("no package")??;
+    let output = Command::new(env!("CARGO"))
+        .args(["run", "--locked", "--quiet", "-p", "wsl-vm", "--"])
+        .arg(wsl_vm::directory()?.join("trees/trixie"))
+        .args(["--wsl", "1.2.5", "--with"])
+        .arg(built.path())
+        .current_dir(project())
+        .output()?;
+    let table = String::from_utf8_lossy(&output.stdout);
+    // Each on five occasions.
+    for (row, word) in [("1.2.5  as it is ", "no"), ("1.2.5  with the package ", "yes")] {
+        let row = table.lines().find(|line| line.starts_with(row)).unwrap_or_default();
+        let occasions = row.split_whitespace().filter(|seen| *seen == word).count();
+        ensure!(occasions == 5, "{row}: {output:?}");
+    }
+    ensure!(output.status.success(), "{output:?}");
     Ok(())
 }
