@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Launches, Vm};
 
-use super::{Install, PAUSE};
+use super::Install;
 
 /// A rule of the distro's own, as qemu's are: with `F`.
 const RULE: &str = r":testfmt:M::\x01\x02\x03\x04::/bin/cat:F";
@@ -184,7 +184,7 @@ impl Play<'_> {
         if self.vm.entry("peerfmt") == "missing" {
             self.peer.register(PEERS_RULE);
         }
-        let hammer = self.vm.hammer_with_pauses(PAUSE);
+        let hammer = self.vm.hammer_with_pauses();
         let result = event();
         Ok((result?, hammer.stop()))
     }

@@ -9,7 +9,6 @@ pub mod neighbours;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{ensure, Context};
@@ -18,10 +17,6 @@ use wsl_vm::{debian, Builder, Machine, Needs, Vm};
 /// What a distro of WSL has, as far as it matters here: python3-minimal ships a file for binfmt.d,
 /// as on almost every machine; man-db lets `systemd-analyze verify` look for man pages.
 pub const PACKAGES: &[&str] = &["python3-minimal", "binfmt-support", "man-db"];
-
-/// How long a hammer lets others work after each launch, where that is not about instants. What stock
-/// distros lose lasts longer.
-pub const PAUSE: Duration = Duration::from_millis(4);
 
 const BINFMT_SUPPORT: &str = "binfmt-support.service";
 const NAME: &str = "wsl-binfmt-generator";

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context};
 use wsl_vm::{Distro, Generation, Vm};
 
-use super::{Install, PAUSE};
+use super::Install;
 
 /// What both have: a rule without `F`, and one with it.
 const RULES: &str = ":shared:M::SHARED::/bin/cat:\n:who:M::WHO?::/usr/local/bin/who:F\n";
@@ -299,7 +299,7 @@ impl Play<'_> {
             self.vm.write("WSLInterop-late", "-1")?;
         }
         self.vm.renew_interop()?;
-        let hammer = self.vm.hammer_with_pauses(PAUSE);
+        let hammer = self.vm.hammer_with_pauses();
         let side = match whose {
             Own => &mut self.mine,
             Neighbours => &mut self.neighbour,

@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
-use crate::ours::{Install, Run, PAUSE};
+use crate::ours::{Install, Run};
 use crate::promises::{state, RULE};
 use crate::stand_in::{alone, within, RUNNING, SOON};
 use crate::status::look;
@@ -288,7 +288,7 @@ fn live(vm: &Vm, generation: Generation) -> anyhow::Result<()> {
     let before = Seen::of(vm, &mine);
     vm.renew_interop()?;
 
-    let hammer = vm.hammer_with_pauses(PAUSE);
+    let hammer = vm.hammer_with_pauses();
     install(&mine, "package")?;
     let status = look(&mine, "", "");
     let is_bad = |line: &&str| line.starts_with("error") || line.starts_with("warning");

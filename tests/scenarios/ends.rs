@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use wsl_vm::{Builder, Distro, Generation};
 
-use crate::ours::{Install, PAUSE};
+use crate::ours::Install;
 use crate::promises::{state, Expect, Scenario, Setting};
 use crate::stand_in::RUNNING;
 
@@ -124,7 +124,7 @@ impl<'s> Play<'s> {
         event: impl FnOnce() -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
         self.setting.vm.renew_interop()?;
-        let hammer = self.setting.vm.hammer_with_pauses(PAUSE);
+        let hammer = self.setting.vm.hammer_with_pauses();
         let result = event();
         let launches = hammer.stop();
         self.launches += launches.all();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use wsl_vm::{Distro, Launches};
 
-use crate::ours::{Install, PAUSE};
+use crate::ours::Install;
 use crate::promises::{Expect, Scenario, Setting};
 
 /// The suites that the packages come from.
@@ -196,7 +196,7 @@ fn apt(distro: &Distro, what: &str) -> anyhow::Result<()> {
 fn under_hammer(setting: &Setting, mine: &Distro, what: &str) -> anyhow::Result<Launches> {
     // What one change has broken must not make the next one fail.
     setting.vm.renew_interop()?;
-    let hammer = setting.vm.hammer_with_pauses(PAUSE);
+    let hammer = setting.vm.hammer_with_pauses();
     let done = apt(mine, what);
     thread::sleep(WAIT);
     let launches = hammer.stop();

@@ -3,7 +3,7 @@
 use anyhow::{ensure, Context};
 use wsl_vm::{Builder, Distro, Vm, WSL_INTEROP};
 
-use crate::ours::{Install, PAUSE};
+use crate::ours::Install;
 use crate::stand_in::{alone, within, IN_TIME, SOON};
 
 /// A rule of the distro's own, as qemu's are: with `F`.
@@ -159,7 +159,7 @@ pub const SCENARIOS: &[Scenario] = &[
         play: |setting| {
             let mine = setting.mine().boot()?;
             setting.vm.renew_interop()?;
-            let hammer = setting.vm.hammer_with_pauses(PAUSE);
+            let hammer = setting.vm.hammer_with_pauses();
             // The start limit is systemd's own protection, not what this is about.
             let restarted = mine.run(
                 "for i in $(seq 40); do systemctl reset-failed systemd-binfmt && \

@@ -170,7 +170,7 @@ impl Play<'_> {
             vm.write("WSLInterop-late", "-1")?;
         }
         vm.renew_interop()?;
-        let hammer = vm.hammer();
+        let hammer = vm.hammer_with_pauses();
         let result = event();
         let launches = hammer.stop();
         let name = OCCASIONS[self.occasions.len()];

@@ -239,11 +239,16 @@ impl Vm {
 
     /// Launches a Windows program again and again, until told to stop.
     pub fn hammer(&self) -> Hammer {
-        self.hammer_with_pauses(Duration::ZERO)
+        self.launch_on(Duration::ZERO)
     }
 
-    /// The same, with a pause after each launch, which leaves more of a processor to others.
-    pub fn hammer_with_pauses(&self, pause: Duration) -> Hammer {
+    /// The same, with a pause of 4 ms after each launch, which leaves a processor to others, where it is
+    /// not about instants. What stock distros lose lasts longer.
+    pub fn hammer_with_pauses(&self) -> Hammer {
+        self.launch_on(Duration::from_millis(4))
+    }
+
+    fn launch_on(&self, pause: Duration) -> Hammer {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let thread = thread::spawn(move || {
