@@ -341,7 +341,7 @@ impl Medians {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = ours::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE], &[])?;
     DebianPackage::built()?;
     let measured = |whose| -> anyhow::Result<Medians> {
         let mut measured = String::new();

@@ -399,7 +399,7 @@ fn bench() -> anyhow::Result<()> {
         anyhow::bail!(lack);
     }
     let shares = shares()?;
-    ours::prepare(&["trixie"])?;
+    ours::prepare(&["trixie"], &[])?;
     let package = DebianPackage::built()?;
     let floor = build_floor(&package)?;
     let package = package.directory.join("package");

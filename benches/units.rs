@@ -129,7 +129,7 @@ fn median(measured: &str, whose: &str, what: &str) -> anyhow::Result<(Duration, 
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = ours::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE], &[])?;
     download_packages(&[SUITE])?;
     DebianPackage::built()?;
     for generation in GENERATIONS {

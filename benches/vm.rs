@@ -172,7 +172,7 @@ fn at(times: &[Duration], percent: usize) -> Duration {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = ours::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE], &[])?;
     DebianPackage::built()?;
     for what in ["verbs", "watcher"] {
         println!("{}", machine.in_vm(&[what])?);

@@ -37,7 +37,7 @@ fn play(vm: &Vm, arguments: &[String]) -> anyhow::Result<()> {
 }
 
 fn show() -> anyhow::Result<bool> {
-    let machine = ours::prepare(&[SUITE])?;
+    let machine = ours::prepare(&[SUITE], &[])?;
     let without = machine.in_vm(&["without"])?;
     let with = machine.in_vm(&["with"])?;
     println!(

@@ -346,7 +346,7 @@ fn cases(suites: &[&'static str], besides: &[Option<bool>]) -> Vec<Case> {
 
 /// Prints the tables; whether all was as promised.
 fn show() -> anyhow::Result<bool> {
-    let machine = ours::prepare(SUITES)?;
+    let machine = ours::prepare(SUITES, &[])?;
     // The lives of the first table are played by `cargo test`, too.
     let alone = match std::env::args().nth(1).as_deref() {
         Some("neighbours") => Vec::new(),

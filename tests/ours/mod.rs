@@ -32,8 +32,9 @@ pub fn program() -> anyhow::Result<PathBuf> {
     Ok(wsl_vm::directory()?.join(NAME))
 }
 
-/// Makes what VMs with the program and with distros of these suites need, or finds it made.
-pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
+/// Makes what VMs with the program and with distros of these suites need, or finds it made. There,
+/// these units and generators are masked.
+pub fn prepare(suites: &[&str], masked: &[&str]) -> anyhow::Result<Machine> {
     debian::require("strace", "strace")?;
     let program = program()?;
     thread::scope(|scope| {
@@ -41,7 +42,7 @@ pub fn prepare(suites: &[&str]) -> anyhow::Result<Machine> {
         let machine = Machine::prepare(&Needs {
             suites,
             packages: PACKAGES,
-            masked: &[BINFMT_SUPPORT],
+            masked: &[&[BINFMT_SUPPORT], masked].concat(),
             programs: &[&program],
         });
         building.join().expect("building does not panic")?;

@@ -49,6 +49,29 @@ use verbs::Test;
 /// systemd 247, 252, 257 and 262.
 const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 
+/// What takes a fifth of a boot, and has nothing to do with this. Images, benchmarks and the matrix have
+/// all of it.
+const BESIDE_THE_POINT: &[&str] = &[
+    "modprobe@.service",
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-debug-generator",
+    "systemd-factory-reset-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-rc-local-generator",
+    "systemd-run-generator",
+    "systemd-ssh-generator",
+    "systemd-system-update-generator",
+    "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service",
+    "systemd-tmpfiles-setup.service",
+    "systemd-tpm2-generator",
+    "systemd-update-utmp-runlevel.service",
+    "systemd-update-utmp.service",
+    "systemd-veritysetup-generator",
+];
+
 /// Scenarios, and the Debian suites that they are played on.
 const SCENARIOS: &[(&[Scenario], &[&str])] = &[
     (promises::SCENARIOS, SUITES),
@@ -259,7 +282,7 @@ fn prepared(arguments: &Arguments) -> anyhow::Result<Machine> {
         bail!(lack);
     }
     eprintln!("\n{}", extent::in_words());
-    let machine = ours::prepare(&extent::of(SUITES))?;
+    let machine = ours::prepare(&extent::of(SUITES), BESIDE_THE_POINT)?;
     if arguments.filter.is_none() {
         extent::has("THE DEBIAN PACKAGE IS")?;
     }

@@ -249,8 +249,10 @@ impl<'vm> Builder<'vm> {
         if self.image.is_some() {
             fs::write(directory.join("image"), masked.join("\n"))?;
         } else {
-            for unit in masked {
-                layer.link(&format!("/etc/systemd/system/{unit}"), "/dev/null")?;
+            for name in masked {
+                let is_generator = name.ends_with("-generator");
+                let kind = if is_generator { "system-generators" } else { "system" };
+                layer.link(&format!("/etc/systemd/{kind}/{name}"), "/dev/null")?;
             }
         }
         self.fill(&layer)?;

@@ -29,7 +29,7 @@ pub struct Needs<'a> {
     pub suites: &'a [&'a str],
     /// Debian packages that their trees have, besides systemd and D-Bus.
     pub packages: &'a [&'a str],
-    /// Units that are masked in distros, unless those are built with `Builder::unmasked`.
+    /// Units and generators that are masked in distros, unless those are built with `Builder::unmasked`.
     pub masked: &'a [&'a str],
     /// Programs to be run outside of distros: `Vm::command`.
     pub programs: &'a [&'a Path],
