@@ -1,7 +1,7 @@
 //! How much is tested: all of it where `WSL_TESTS=all` is set, as CI does; and otherwise what a
 //! contributor can wait for. That is every kind of scenario, but not on every systemd, nor a thousand
 //! times; and no package, no image, no fuzzing, and nothing for arm64.
-//! `WSL_TESTS=release` is also what takes too long for each change.
+//! `WSL_TESTS=release` is also what takes too long for each change, and stock distros of each Debian.
 
 use std::io::{self, Write};
 
@@ -12,23 +12,28 @@ const USUAL: [&str; 2] = ["bullseye", NEWEST];
 /// The one for what takes longer, and for controls.
 pub const NEWEST: &str = "trixie";
 
+/// From what is tested always to what takes too long for each change.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    Usual,
+    All,
+    Release,
+}
+
+/// What is wanted.
+pub fn extent() -> Extent {
+    let wanted = std::env::var_os("WSL_TESTS");
+    match wanted.as_ref().map(|wanted| wanted.to_str()) {
+        None => Extent::Usual,
+        Some(Some("all")) => Extent::All,
+        Some(Some("release")) => Extent::Release,
+        _ => panic!("WSL_TESTS={wanted:?}: neither all nor release"),
+    }
+}
+
 /// Whether all is, but for what takes many minutes.
 pub fn is_all() -> bool {
-    is("all") || is_for_release()
-}
-
-/// Whether also that is.
-pub fn is_for_release() -> bool {
-    is("release")
-}
-
-fn is(extent: &str) -> bool {
-    let Some(wanted) = std::env::var_os("WSL_TESTS") else {
-        return false;
-    };
-    let is_known = wanted == "all" || wanted == "release";
-    assert!(is_known, "WSL_TESTS={wanted:?}: neither all nor release");
-    wanted == extent
+    extent() >= Extent::All
 }
 
 /// Whether a test of this is to be made. If not, that is said, past the harness of Rust's tests.
@@ -46,7 +51,7 @@ pub fn has(what: &str) -> anyhow::Result<bool> {
 /// # Errors
 /// It cannot be said.
 pub fn has_for_release(what: &str) -> anyhow::Result<bool> {
-    said(what, is_for_release(), "release")
+    said(what, extent() == Extent::Release, "release")
 }
 
 fn said(what: &str, has: bool, extent: &str) -> anyhow::Result<bool> {
@@ -73,6 +78,15 @@ pub fn of_long(suites: &[&'static str]) -> Vec<&'static str> {
     suites
 }
 
+/// From when on stock distros of that suite are the control of what is played there. They differ little.
+pub fn of_controls(suite: &str) -> Extent {
+    match suite {
+        NEWEST => Extent::Usual,
+        _ if USUAL.contains(&suite) => Extent::All,
+        _ => Extent::Release,
+    }
+}
+
 /// How often a race is run.
 pub fn rounds() -> u32 {
     if is_all() {
@@ -91,10 +105,17 @@ pub fn sample<T>(of: Vec<T>) -> Vec<T> {
 
 /// The extent in words, for whoever waits.
 pub fn in_words() -> &'static str {
-    if is_all() {
-        "WSL_TESTS=all: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
-    } else {
-        "on systemd 247 and 257, the longest only on 257, stock distros only there and not for the \
-         longest, races 100 times, every fifth fault; WSL_TESTS=all does all of it"
+    match extent() {
+        Extent::Usual => {
+            "on systemd 247 and 257, the longest only on 257, stock distros only there and not for \
+             the longest, races 100 times, every fifth fault; WSL_TESTS=all does nearly all of it"
+        }
+        Extent::All => {
+            "WSL_TESTS=all: on systemd 247, 252, 257 and 262, stock distros on 247 and 257, races \
+             1,000 times, each fault"
+        }
+        Extent::Release => {
+            "WSL_TESTS=release: on systemd 247, 252, 257 and 262, races 1,000 times, each fault"
+        }
     }
 }

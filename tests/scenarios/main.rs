@@ -1,5 +1,5 @@
 //! What this project promises, played on real systemd in the simulated WSL VM. Every scenario
-//! is played twice: stock, which is the control, and with our generator installed.
+//! is played with our generator installed, and stock, which is the control.
 //! What is seen is compared line by line. How much of it is played, `ours/extent.rs` says.
 
 mod by_hand;
@@ -42,7 +42,7 @@ use wsl_vm::{Lack, Machine, Vm};
 
 use ours::debian_package::DebianPackage;
 use ours::downloads::download_packages;
-use ours::extent;
+use ours::extent::{self, Extent};
 use promises::{Expect, Scenario, Setting};
 use verbs::Test;
 
@@ -142,18 +142,18 @@ fn package() -> anyhow::Result<Arc<DebianPackage>> {
     Ok(package)
 }
 
-/// A scenario on a suite, and whether its control is played by default.
-type Played = (&'static Scenario, &'static str, bool);
+/// A scenario on a suite, and when its control is played there, too.
+type Played = (&'static Scenario, &'static str, Extent);
 
 /// Each scenario on each suite.
 fn scenarios() -> impl Iterator<Item = Played> {
-    let usual = SCENARIOS.iter().map(|(scenarios, on)| (scenarios, extent::of(on), true));
+    let usual = SCENARIOS.iter().map(|(scenarios, on)| (scenarios, extent::of(on), Extent::Usual));
     let long = LONG_SCENARIOS.iter();
-    let long = long.map(|(scenarios, on)| (scenarios, extent::of_long(on), false));
-    usual.chain(long).flat_map(|(scenarios, suites, is_usual)| {
+    let long = long.map(|(scenarios, on)| (scenarios, extent::of_long(on), Extent::All));
+    usual.chain(long).flat_map(|(scenarios, suites, extent)| {
         let on_each = move |scenario| {
             let suites = suites.clone().into_iter();
-            suites.map(move |suite| (scenario, suite, is_usual && suite == extent::NEWEST))
+            suites.map(move |suite| (scenario, suite, extent.max(extent::of_controls(suite))))
         };
         scenarios.iter().flat_map(on_each)
     })
@@ -201,7 +201,8 @@ fn check(machine: &Machine, scenario: &Scenario, suite: &str, ours: bool) -> any
 
 /// The checks with their names, in the order in which they are begun. By default what takes long is
 /// left out, and the Debian package; not from the `whole`.
-fn checks(whole: bool) -> Vec<(String, Check)> {
+fn checks(extent: Extent) -> Vec<(String, Check)> {
+    let whole = extent > Extent::Usual;
     let in_vm =
         |name: &'static str| -> Check { Box::new(move |machine| machine.in_vm(&[name]).map(drop)) };
     let mut all: Vec<(String, Check)> = Vec::new();
@@ -213,9 +214,9 @@ fn checks(whole: bool) -> Vec<(String, Check)> {
     all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
-    let mut played = scenarios().flat_map(|(scenario, suite, is_controlled)| {
+    let mut played = scenarios().flat_map(|(scenario, suite, control)| {
         let whose = [("stock", false), ("ours", true)].into_iter();
-        whose.filter(move |(_, ours)| *ours || is_controlled || whole).map(move |(whose, ours)| {
+        whose.filter(move |(_, ours)| *ours || control <= extent).map(move |(whose, ours)| {
             let name = format!("{}: {suite}, {whose}", scenario.name);
             let check: Check = Box::new(move |machine| check(machine, scenario, suite, ours));
             (name, check)
@@ -251,7 +252,8 @@ fn checks(whole: bool) -> Vec<(String, Check)> {
 fn trials(arguments: &Arguments, machine: Option<&'static Machine>) -> Vec<Trial> {
     static QUIET: RwLock<()> = RwLock::new(());
     // Who names some, or asks for the names, means all.
-    let checks = checks(extent::is_all() || arguments.filter.is_some() || arguments.list);
+    let is_any = arguments.filter.is_some() || arguments.list;
+    let checks = checks(if is_any { Extent::Release } else { extent::extent() });
     let all = checks.len();
     let trial = |(at, (name, check)): (usize, (String, Check))| {
         let alone = ALONE.contains(&&*name);
