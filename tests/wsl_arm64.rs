@@ -45,10 +45,13 @@ fn is_ready() -> anyhow::Result<bool> {
     {
         return Ok(false);
     }
-    static READY: OnceLock<Result<(), String>> = OnceLock::new();
-    let ready = READY.get_or_init(|| prepare().map_err(|error| format!("{error:#}")));
-    ready.clone().map_err(anyhow::Error::msg)?;
-    Ok(true)
+    static READY: OnceLock<Result<bool, String>> = OnceLock::new();
+    let made = || Machine::had_for("ARM64 IS", prepare());
+    let ready = READY.get_or_init(|| match made() {
+        Ok(made) => Ok(made.is_some()),
+        Err(error) => Err(format!("{error:#}")),
+    });
+    ready.clone().map_err(anyhow::Error::msg)
 }
 
 fn prepare() -> anyhow::Result<()> {

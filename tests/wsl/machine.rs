@@ -134,7 +134,15 @@ impl Machine {
         if !Machine::is_had_for(what)? {
             return Ok(false);
         }
-        Machine::prepare(needs).map_or_else(|error| said(what, error).map(|()| false), |_| Ok(true))
+        Ok(Machine::had_for(what, Machine::prepare(needs))?.is_some())
+    }
+
+    /// The same of what else is made of Debian's packages for it.
+    ///
+    /// # Errors
+    /// As it was made, unless that is for a [`Lack`] and this is not CI.
+    pub fn had_for<T>(what: &str, made: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+        made.map_or_else(|error| said(what, error).map(|()| None), |made| Ok(Some(made)))
     }
 
     /// Makes what VMs need, or finds it made.
