@@ -211,7 +211,7 @@ impl<'vm> Builder<'vm> {
                 return Ok(distro);
             }
             if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
-                let log = fs::read_to_string(directory.join("console")).unwrap_or_default();
+                let log = fs::read_to_string(distro.console()).unwrap_or_default();
                 bail!("{} did not boot: {answer}\n{log}", distro.name);
             }
             thread::sleep(Duration::from_millis(10));
@@ -456,9 +456,12 @@ impl Distro {
 
     /// `systemctl poweroff`, which may take as long as it does.
     pub fn poweroff(mut self) -> anyhow::Result<()> {
-        self.systemctl(&["--no-block", "poweroff"]);
-        let is_gone = self.is_gone_within(TIMEOUT)?;
-        ensure!(is_gone, "{} does not power off", self.name);
+        let said = self.systemctl(&["--no-block", "poweroff"]);
+        if !self.is_gone_within(TIMEOUT)? {
+            let jobs = self.systemctl(&["list-jobs"]);
+            let log = fs::read_to_string(self.console()).unwrap_or_default();
+            bail!("{} does not power off: {said}\n{jobs}\n{log}", self.name);
+        }
         Ok(())
     }
 
@@ -471,6 +474,11 @@ impl Distro {
             thread::sleep(Duration::from_millis(10));
         }
         Ok(true)
+    }
+
+    /// What its PID 1 says.
+    fn console(&self) -> PathBuf {
+        PathBuf::from("/vm").join(&self.name).join("console")
     }
 
     /// Kills all that runs in it, as reboot(2) does there.
