@@ -20,7 +20,7 @@ pub const ENDS: &[Scenario] = &[Scenario {
         for generation in Generation::ALL {
             play.life(generation)?;
         }
-        ensure!(play.launches > 300, "too few launches to tell: {}", play.launches);
+        ensure!(play.launches > 100, "too few launches to tell: {}", play.launches);
         let failed = play.failed_launches > 0;
         play.seen.push(format!("launches failed: {failed}"));
         Ok(play.seen)
