@@ -1,8 +1,6 @@
-//! Images under every WSL: the one that `packaging/wsl/build-image` makes, what is in it and its first
-//! run; and the program `wsl-vm` with images that nobody here made: what it says of those that it
-//! cannot try, and that it tries the others.
+//! The program `wsl-vm` with images that nobody here made: what it says of those that it cannot try, and
+//! that it tries the others. The image that is made here is in `scenarios/made_image.rs`.
 
-mod image;
 #[allow(dead_code)] // Each user needs a part of it.
 mod ours;
 mod shell;
@@ -44,23 +42,6 @@ const HOSTILE: &[(&str, &str)] = &[
     ),
     ("true", "there is no such file"),
 ];
-
-/// Of Debian 13, with a Debian package of its own. It takes longest, and so has a name by which it
-/// comes first.
-#[test]
-fn an_image_made_here_is_as_wsl_wants_it_and_windows_programs_start_in_it() -> anyhow::Result<()> {
-    if !extent::has("THE IMAGE FOR WSL IS")? || !has_trees(&["trixie"])? || !can_be_tried()? {
-        return Ok(());
-    }
-    let run = |script: &str| sh("ours", script);
-    let image = image::make("ours", "", &run)?;
-    image::examine(&image, &run)?;
-    image::first_run(&run)?;
-
-    let table = run("../links/wsl-vm debian.wsl").context("under every WSL")?;
-    ensure!(table.ends_with("All of it holds.\n\n"), "{table}");
-    Ok(())
-}
 
 #[test]
 fn what_cannot_be_tried_gets_one_clear_line_and_leads_nowhere_outside() -> anyhow::Result<()> {

@@ -8,7 +8,10 @@ mod debian_package;
 mod ends;
 mod faults;
 mod generations;
+#[path = "../image/mod.rs"]
+mod image;
 mod in_the_image;
+mod made_image;
 #[allow(dead_code)] // Each user needs a part of it.
 #[path = "../markdown/mod.rs"]
 mod markdown;
@@ -24,6 +27,8 @@ mod promises;
 mod races;
 mod release;
 mod security;
+#[path = "../shell/mod.rs"]
+mod shell;
 mod soft_spots;
 mod stand_in;
 mod status;
@@ -208,6 +213,7 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
     };
     // First, so that others are played while it is built.
     let (first, others) = debian_build::DEBIAN_BUILD.split_at(1);
+    let others = others.iter().chain(made_image::MADE_IMAGE);
     all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
@@ -229,7 +235,7 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
     }
     // By then it is built.
     let middle = all.len() / 2;
-    all.splice(middle..middle, others.iter().map(of_package).filter(|_| whole));
+    all.splice(middle..middle, others.map(of_package).filter(|_| whole));
     let installed = WITH_PACKAGE.iter().copied().flatten().map(|(name, _)| {
         let check = in_vm(name);
         let check: Check = Box::new(move |machine| package().and_then(|_| check(machine)));
@@ -283,7 +289,7 @@ fn prepared(arguments: &Arguments) -> anyhow::Result<Machine> {
     eprintln!("\n{}", extent::in_words());
     let machine = ours::prepare(&extent::of(SUITES), BESIDE_THE_POINT)?;
     if arguments.filter.is_none() {
-        extent::has("THE DEBIAN PACKAGE IS")?;
+        extent::has("THE DEBIAN PACKAGE AND THE IMAGE FOR WSL ARE")?;
     }
     download_packages(&extent::of(packages::SUITES))?;
     wsl_vm::debian::require("jsonschema", "python3-jsonschema")?;
