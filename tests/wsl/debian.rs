@@ -43,8 +43,6 @@ pub fn tree(
         // A suite keeps its last index for good once it is archived, and a mirror may lag.
         .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
         .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
-        // man finds its pages without an index, which takes seconds to make.
-        .arg("--essential-hook=echo man-db man-db/auto-update boolean false | chroot \"$1\" debconf-set-selections")
         // What is lost if the machine fails is made again.
         .arg("--dpkgopt=force-unsafe-io")
         .arg(format!("--architectures={architectures}"))
