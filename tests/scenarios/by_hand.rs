@@ -130,6 +130,18 @@ pub const BY_HAND: &[Test] = &[
             stops_without_harm(vm, mine)
         })
     }),
+    ("by hand: what hangs at the table is ended, and holds up neither boot nor poweroff", |vm| {
+        let mine = vm.distro("mine", "trixie").generator(true).boot()?;
+        mine.dead_automount(vm, TABLE)?;
+        let said = mine.run(
+            "systemctl start wsl-binfmt-release & systemctl restart wsl-binfmt-guard & wait
+            systemctl show --property=Result --value wsl-binfmt-release wsl-binfmt-guard",
+        );
+        ensure!(said.ends_with("timeout\n\ntimeout\n"), "{said}");
+        // systemd-shutdown itself would hang there.
+        mine.kill();
+        Ok(())
+    }),
     ("by hand: a container with an /init of its own, and no mark", |vm| {
         let container = vm
             .distro("container", "trixie")
