@@ -211,7 +211,7 @@ impl<'vm> Builder<'vm> {
                 return Ok(distro);
             }
             if distro.child.try_wait()?.is_some() || Instant::now() > deadline {
-                let log = fs::read_to_string(distro.console()).unwrap_or_default();
+                let log = fs::read_to_string(directory.join("console")).unwrap_or_default();
                 bail!("{} did not boot: {answer}\n{log}", distro.name);
             }
             thread::sleep(Duration::from_millis(10));
@@ -374,7 +374,8 @@ impl Distro {
         self.shell_within(0, command)
     }
 
-    /// What systemctl prints, errors included. There need be no shell.
+    /// What systemctl prints, errors included. There need be no shell, and the distro does not shut down
+    /// meanwhile.
     pub fn systemctl(&self, arguments: &[&str]) -> String {
         let mut command = self.command();
         command.arg("systemctl").args(arguments);
@@ -446,21 +447,30 @@ impl Distro {
     /// if systemctl fails, which is not so here.
     pub fn terminate(mut self) -> anyhow::Result<bool> {
         let Some(patience) = self.patience else {
-            self.systemctl(&["reboot"]);
+            self.run("systemctl reboot");
             self.kill();
             return Ok(false);
         };
-        self.systemctl(&["poweroff"]);
+        self.run("systemctl poweroff");
         self.is_gone_within(patience)
     }
 
     /// `systemctl poweroff`, which may take as long as it does.
     pub fn poweroff(mut self) -> anyhow::Result<()> {
-        let said = self.systemctl(&["--no-block", "poweroff"]);
+        let said = self.run("systemctl --no-block poweroff");
         if !self.is_gone_within(TIMEOUT)? {
             let jobs = self.systemctl(&["list-jobs"]);
-            let log = fs::read_to_string(self.console()).unwrap_or_default();
-            bail!("{} does not power off: {said}\n{jobs}\n{log}", self.name);
+            let journal = self.run("journalctl --no-pager --lines=50");
+            let processes = format!(
+                "ps -o pid,ppid,stat,wchan:24,args -p $(pgrep --ns {} --nslist pid -d ,)",
+                self.pid
+            );
+            let processes = Command::new("sh").args(["-c", &processes]).output()?;
+            let processes = String::from_utf8_lossy(&processes.stdout).into_owned();
+            bail!(
+                "{} does not power off; systemctl: {said}\njobs: {jobs}\n{journal}\n{processes}",
+                self.name
+            );
         }
         Ok(())
     }
@@ -474,11 +484,6 @@ impl Distro {
             thread::sleep(Duration::from_millis(10));
         }
         Ok(true)
-    }
-
-    /// What its PID 1 says.
-    fn console(&self) -> PathBuf {
-        PathBuf::from("/vm").join(&self.name).join("console")
     }
 
     /// Kills all that runs in it, as reboot(2) does there.
