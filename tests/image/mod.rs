@@ -35,6 +35,7 @@ pub fn make(name: &str, arguments: &str, run: Run) -> anyhow::Result<PathBuf> {
         r#"
         of=$(cd "$SOURCE"; find Cargo.* build-aux man meson* packaging src units -type f -print0 |
             sort -z | xargs -0 cat | sha256sum)
+        of="$of {arguments}"
         if [ "$of" != "$(cat made-of 2>/dev/null)" ]; then
             SOURCE_DATE_EPOCH=1700000000 "$SOURCE/packaging/wsl/build-image" {arguments} debian.wsl
             echo "$of" >made-of

@@ -149,13 +149,15 @@ type Played = (&'static Scenario, &'static str, Extent);
 
 /// Each scenario on each suite.
 fn scenarios() -> impl Iterator<Item = Played> {
-    let usual = SCENARIOS.iter().map(|(scenarios, on)| (scenarios, extent::of(on), Extent::Usual));
+    let usual =
+        SCENARIOS.iter().map(|(scenarios, on)| (scenarios, on, extent::of(on), Extent::Usual));
     let long = LONG_SCENARIOS.iter();
-    let long = long.map(|(scenarios, on)| (scenarios, extent::of_long(on), Extent::All));
-    usual.chain(long).flat_map(|(scenarios, suites, extent)| {
+    let long = long.map(|(scenarios, on)| (scenarios, on, extent::of_long(on), Extent::All));
+    usual.chain(long).flat_map(|(scenarios, on, suites, extent)| {
+        let control = move |suite| extent.max(extent::of_controls(on, suite));
         let on_each = move |scenario| {
             let suites = suites.clone().into_iter();
-            suites.map(move |suite| (scenario, suite, extent.max(extent::of_controls(suite))))
+            suites.map(move |suite| (scenario, suite, control(suite)))
         };
         scenarios.iter().flat_map(on_each)
     })
@@ -213,7 +215,7 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
     };
     // First, so that others are played while it is built.
     let (first, others) = debian_build::DEBIAN_BUILD.split_at(1);
-    let others = others.iter().chain(made_image::MADE_IMAGE);
+    let others = made_image::MADE_IMAGE.iter().chain(others);
     all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));
@@ -233,9 +235,9 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
         }
         all.extend(pair.into_iter().flatten());
     }
-    // By then it is built.
-    let middle = all.len() / 2;
-    all.splice(middle..middle, others.map(of_package).filter(|_| whole));
+    // By then it is built, and nobody waits for it.
+    let late = all.len() / 4 * 3;
+    all.splice(late..late, others.map(of_package).filter(|_| whole));
     let installed = WITH_PACKAGE.iter().copied().flatten().map(|(name, _)| {
         let check = in_vm(name);
         let check: Check = Box::new(move |machine| package().and_then(|_| check(machine)));

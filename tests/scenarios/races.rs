@@ -70,7 +70,7 @@ pub const RACES: &[Test] = &[
         let mut restarts = Racers::start_up(vec![restart(&mine), restart(&peer)])?;
         let mut restores = Racers::of(vm, &[])?;
         let hammer = vm.hammer();
-        // It takes longer than the others.
+        // A tenth, as a round takes ten times as long as one of another race.
         for round in 0..rounds() / 10 {
             lose_flags(vm)?;
             restarts.start()?;
