@@ -86,7 +86,7 @@ fn debian_11_13_and_testing_are_tried_as_tars() -> anyhow::Result<()> {
             ),
         )
     };
-    // Side by side: ext4 without a journal is slow to make files for minutes after many were removed.
+    // Side by side: for minutes after files were removed, ext4 without a journal is slow to make others.
     let outputs: Vec<_> = thread::scope(|scope| {
         let tried = &tried;
         let running: Vec<_> =

@@ -46,10 +46,9 @@ fn is_ready() -> anyhow::Result<bool> {
         return Ok(false);
     }
     static READY: OnceLock<Result<bool, String>> = OnceLock::new();
-    let made = || Machine::had_for("ARM64 IS", prepare());
-    let ready = READY.get_or_init(|| match made() {
-        Ok(made) => Ok(made.is_some()),
-        Err(error) => Err(format!("{error:#}")),
+    let ready = READY.get_or_init(|| {
+        let made = Machine::had_for("ARM64 IS", prepare());
+        made.map(|made| made.is_some()).map_err(|error| format!("{error:#}"))
     });
     ready.clone().map_err(anyhow::Error::msg)
 }

@@ -137,10 +137,10 @@ impl Machine {
         Ok(Machine::had_for(what, Machine::prepare(needs))?.is_some())
     }
 
-    /// The same of what else is made of Debian's packages for it.
+    /// What was made for a test of this, or nothing where that is for a [`Lack`], which is then said.
     ///
     /// # Errors
-    /// As it was made, unless that is for a [`Lack`] and this is not CI.
+    /// It could not be made for another reason, or this is CI.
     pub fn had_for<T>(what: &str, made: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         made.map_or_else(|error| said(what, error).map(|()| None), |made| Ok(Some(made)))
     }
