@@ -78,8 +78,8 @@ pub fn of_long(suites: &[&'static str]) -> Vec<&'static str> {
     suites
 }
 
-/// From when on stock distros are the control of what is played on one of these suites: on the oldest and on
-/// the newest release always, and on the others for a release, as they do the same as one of these.
+/// From when on stock distros are the control on one of the suites that something is played on: the newest
+/// release always, the oldest with all, and the others, which do the same as one of these, for a release.
 pub fn of_controls(suites: &[&str], suite: &str) -> Extent {
     match suite {
         NEWEST => Extent::Usual,

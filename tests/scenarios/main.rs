@@ -54,8 +54,8 @@ use verbs::Test;
 /// systemd 247, 252, 257 and 262.
 const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 
-/// What takes a fifth of a boot, and has nothing to do with this. Images, benchmarks and the matrix have
-/// all of it.
+/// What makes a boot longer, and has nothing to do with this. Images, benchmarks and the matrix have all
+/// of it.
 const BESIDE_THE_POINT: &[&str] = &[
     "modprobe@.service",
     "systemd-bless-boot-generator",
