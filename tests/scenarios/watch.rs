@@ -63,7 +63,7 @@ pub const WATCH: &[Test] = &[
     ("watch outlives an unmounted table", |vm| {
         let watcher = Watcher::start(vm)?;
         vm.unmount("/proc/sys/fs/binfmt_misc")?;
-        thread::sleep(Duration::from_millis(100));
+        watcher.tells("binfmt_misc is not mounted")?;
         vm.mount_table("/proc/sys/fs/binfmt_misc")?;
         healed(vm)?;
         vm.write("status", "-1")?;
@@ -142,6 +142,8 @@ fn healed(vm: &Vm) -> anyhow::Result<Duration> {
 /// A running `restore --watch`.
 pub struct Watcher {
     child: Child,
+    /// What it has told systemd.
+    told: mpsc::Receiver<String>,
 }
 
 impl Watcher {
@@ -156,26 +158,29 @@ impl Watcher {
             .env("NOTIFY_SOCKET", path)
             .stderr(Stdio::piped())
             .spawn()?;
-        let mut watcher = Watcher { child };
         let (tell, told) = mpsc::channel();
+        let mut watcher = Watcher { child, told };
         // As systemd does, it listens on: there may be more to tell later.
         thread::spawn(move || {
             let mut said = [0; 1024];
             while let Ok(length) = socket.recv(&mut said) {
-                let said = String::from_utf8_lossy(&said[..length]);
-                if said.lines().any(|line| line == "READY=1") {
-                    let _ = tell.send(());
-                }
+                let _ = tell.send(String::from_utf8_lossy(&said[..length]).into_owned());
             }
         });
         let start = Instant::now();
-        while told.recv_timeout(Duration::from_millis(20)).is_err() {
+        while !watcher.told.recv_timeout(Duration::from_millis(20)).is_ok_and(|t| t == "READY=1") {
             if let Some(status) = watcher.child.try_wait()? {
                 bail!("{status}: {}", watcher.log()?);
             }
             ensure!(start.elapsed() < SOON, "not ready");
         }
         Ok(watcher)
+    }
+
+    /// Waits until it tells systemd that.
+    fn tells(&self, what: &str) -> anyhow::Result<()> {
+        while !self.told.recv_timeout(SOON).context(what.to_owned())?.contains(what) {}
+        Ok(())
     }
 
     /// Stops it as systemd does, and returns what it has logged.
