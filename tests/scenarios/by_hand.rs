@@ -130,7 +130,7 @@ pub const BY_HAND: &[Test] = &[
             stops_without_harm(vm, mine)
         })
     }),
-    ("by hand: what hangs at the table is ended, and holds up neither boot nor poweroff", |vm| {
+    ("by hand: our units are ended if they hang at the table", |vm| {
         let mine = vm.distro("mine", "trixie").generator(true).boot()?;
         mine.dead_automount(vm, TABLE)?;
         let said = mine.run(

@@ -235,7 +235,7 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
         }
         all.extend(pair.into_iter().flatten());
     }
-    // By then it is built, and nobody waits for it.
+    // Late, as each that waits until it is built keeps others from being played.
     let late = all.len() / 4 * 3;
     all.splice(late..late, others.map(of_package).filter(|_| whole));
     let installed = WITH_PACKAGE.iter().copied().flatten().map(|(name, _)| {

@@ -98,7 +98,7 @@ impl<'vm> Builder<'vm> {
         self
     }
 
-    /// With a unit masked.
+    /// With a unit masked, or, unless it is somebody's image, a generator.
     pub fn masked(mut self, unit: &str) -> Self {
         self.masked.push(unit.to_owned());
         self
