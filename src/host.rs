@@ -1,4 +1,4 @@
-//! Files below the root. Absolute paths occur only here, each relative to `$WSL_BINFMT_ROOT`.
+//! Files below the root. The paths of all that are opened are here, each relative to `$WSL_BINFMT_ROOT`.
 
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
@@ -15,6 +15,8 @@ pub const BINFMT_MISC: &str = "/proc/sys/fs/binfmt_misc";
 /// The guard's file. It must not be in a directory that systemd empties: over an unlinked file, the
 /// units' BindPaths= would fail.
 pub const GUARD_FILE: &str = "/run/wsl-binfmt/status";
+/// The file that WSL 2.8.9 and later binds over the table's status file before systemd starts.
+pub const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
 /// Where systemd and its services keep what lasts until the distro stops.
 pub const RUN: &str = "/run";
 /// The records that are kept while the distro runs.
@@ -79,6 +81,8 @@ pub const PID1_CONTAINER: &str = "/run/systemd/container";
 pub const MOUNT_INFOS: [&str; 2] = ["/proc/1/mountinfo", "/proc/self/mountinfo"];
 /// The mount namespace of the distro, and of this process, namespaces(7).
 pub const MOUNT_NAMESPACES: [&str; 2] = ["/proc/1/ns/mnt", "/proc/self/ns/mnt"];
+/// The processes, each a directory by its number, proc(5).
+pub const PROCESSES: &str = "/proc";
 /// The root directory of this process.
 pub const OWN_ROOT: &str = "/proc/self/root";
 /// The root directory of the distro.

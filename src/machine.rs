@@ -12,7 +12,7 @@ use crate::host::{
     UNIX_SOCKETS, VENDOR_UNITS, WSL_GENERATOR,
 };
 use crate::mounts;
-use crate::plan::Neighbors;
+use crate::plan::OthersFiles;
 use crate::wsl::{Environment, Files};
 
 /// What systemd says about the machine in the generator's environment, and where the output goes.
@@ -63,7 +63,7 @@ pub fn pid1_variable(host: &Host, name: &str) -> io::Result<Option<String>> {
 
 /// The files of WSL, the vendor and the admin that affect what to emit. One that cannot be
 /// inspected is reported, and counts as existing, so that nothing of the admin's is masked.
-pub fn neighbors(host: &Host, mut report: impl FnMut(String)) -> Neighbors {
+pub fn others_files(host: &Host, mut report: impl FnMut(String)) -> OthersFiles {
     let mut doubt = |path: &str, error: io::Error| {
         // Something other than a regular file is not a failed call.
         let doubtful = error.raw_os_error().is_some() && !is_missing(&error);
@@ -87,7 +87,7 @@ pub fn neighbors(host: &Host, mut report: impl FnMut(String)) -> Neighbors {
         directories.iter().any(|d| is_there(&format!("{d}/{name}")))
     };
     let all = [LOCAL_UNITS.as_slice(), &VENDOR_UNITS].concat();
-    Neighbors {
+    OthersFiles {
         systemd_binfmt_override: drop_in(&all, "systemd-binfmt.service.d/override.conf"),
         binfmt_support_override: drop_in(&all, "binfmt-support.service.d/override.conf"),
         local_wsl_conf: drop_in(&LOCAL_UNITS, condition),

@@ -27,7 +27,7 @@ pub enum Output {
 
 /// The files of others that affect our output.
 #[derive(Debug, Default)]
-pub struct Neighbors {
+pub struct OthersFiles {
     /// Whether WSL's own generator exists. In WSL 2.5.7 to 2.8.8 it emits drop-ins `override.conf`,
     /// which register the entry again, without `F` and with a gap.
     pub wsl_generator: bool,
@@ -61,7 +61,7 @@ macro_rules! wanted {
 /// Decides what to emit for a WSL2 distro with this wsl.conf. `interop.enabled=false` leaves out
 /// what restores the entry, but not what protects it, since all distros of the VM share the table.
 /// Drop-ins that would undo the output are masked, except those of the admin.
-pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
+pub fn plan(conf: &WslConf, others: &OthersFiles) -> Vec<Output> {
     if !conf.protect_binfmt {
         return Vec::new();
     }
@@ -82,13 +82,13 @@ pub fn plan(conf: &WslConf, neighbors: &Neighbors) -> Vec<Output> {
     let binfmt = "systemd-binfmt.service.d/10-wsl-interop.conf";
     let support = "binfmt-support.service.d/10-wsl-interop.conf";
     let mut mask = |path, needs| outputs.push(Output::Link { path, target: "/dev/null", needs });
-    if neighbors.wsl_generator && !neighbors.systemd_binfmt_override {
+    if others.wsl_generator && !others.systemd_binfmt_override {
         mask("systemd-binfmt.service.d/override.conf", binfmt);
     }
-    if neighbors.wsl_generator && !neighbors.binfmt_support_override {
+    if others.wsl_generator && !others.binfmt_support_override {
         mask("binfmt-support.service.d/override.conf", support);
     }
-    if !neighbors.local_wsl_conf && switches_binfmt_off_on_wsl(&neighbors.vendor_wsl_conf) {
+    if !others.local_wsl_conf && switches_binfmt_off_on_wsl(&others.vendor_wsl_conf) {
         mask("systemd-binfmt.service.d/wsl.conf", binfmt);
     }
     outputs
@@ -109,42 +109,42 @@ mod tests {
     use super::*;
 
     fn planned(conf: &WslConf) -> Vec<Output> {
-        plan(conf, &Neighbors::default())
+        plan(conf, &OthersFiles::default())
     }
 
-    fn masks(neighbors: &Neighbors) -> Vec<&'static str> {
+    fn masks(others: &OthersFiles) -> Vec<&'static str> {
         let masked = |output: &Output| match output {
             Output::Link { path, target, .. } if *target == "/dev/null" => Some(*path),
             _ => None,
         };
-        let plan = plan(&WslConf::default(), neighbors);
+        let plan = plan(&WslConf::default(), others);
         plan.iter().filter_map(masked).collect()
     }
 
     #[test]
     fn wsls_own_drop_ins_are_masked_but_nobody_elses() {
-        let neighbors =
-            |wsl_generator, systemd_binfmt_override, binfmt_support_override| Neighbors {
+        let others =
+            |wsl_generator, systemd_binfmt_override, binfmt_support_override| OthersFiles {
                 wsl_generator,
                 systemd_binfmt_override,
                 binfmt_support_override,
-                ..Neighbors::default()
+                ..OthersFiles::default()
             };
         let [binfmt, support] =
             ["systemd-binfmt.service.d/override.conf", "binfmt-support.service.d/override.conf"];
-        assert_eq!(masks(&neighbors(true, false, false)), [binfmt, support]);
-        assert_eq!(masks(&neighbors(true, true, false)), [support]);
-        assert_eq!(masks(&neighbors(true, false, true)), [binfmt]);
-        assert!(masks(&neighbors(false, false, false)).is_empty());
+        assert_eq!(masks(&others(true, false, false)), [binfmt, support]);
+        assert_eq!(masks(&others(true, true, false)), [support]);
+        assert_eq!(masks(&others(true, false, true)), [binfmt]);
+        assert!(masks(&others(false, false, false)).is_empty());
     }
 
     #[test]
     fn only_ubuntus_unchanged_condition_is_lifted() {
         let masked = |text: &str, local_wsl_conf| {
-            !masks(&Neighbors {
+            !masks(&OthersFiles {
                 vendor_wsl_conf: text.to_owned(),
                 local_wsl_conf,
-                ..Neighbors::default()
+                ..OthersFiles::default()
             })
             .is_empty()
         };
@@ -174,12 +174,12 @@ mod tests {
 
     #[test]
     fn what_a_link_needs_is_written_before_it() {
-        let neighbors = Neighbors {
+        let others = OthersFiles {
             wsl_generator: true,
             vendor_wsl_conf: "[Unit]\nConditionVirtualization=!wsl\n".to_owned(),
-            ..Neighbors::default()
+            ..OthersFiles::default()
         };
-        let plan = plan(&WslConf::default(), &neighbors);
+        let plan = plan(&WslConf::default(), &others);
         let mut files = Vec::new();
         for output in &plan {
             match output {

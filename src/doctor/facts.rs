@@ -25,7 +25,7 @@ use crate::binfmt_d::{self, Rule};
 use crate::binfmt_misc::{self, Listed};
 use crate::host::{
     self, Host, ABOVE_EARLY, BINFMT_MISC, COMMAND, EARLY, FORMATS, GENERATORS, INTEROP_SOCKETS,
-    LOCAL_UNITS, MOUNT_INFOS, SYSTEMD, VENDOR_UNITS,
+    LOCAL_UNITS, MOUNT_INFOS, PROCESSES, SYSTEMD, VENDOR_UNITS,
 };
 use crate::machine;
 use crate::mounts;
@@ -458,7 +458,7 @@ impl Session {
 /// The ancestors of this process, nearest first.
 fn ancestors(host: &Host) -> Vec<u32> {
     let parent = |of: &u32| {
-        let status = host.text(&format!("/proc/{of}/status"));
+        let status = host.text(&format!("{PROCESSES}/{of}/status"));
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
         parent.trim().parse().ok().filter(|pid| *pid != 0)
     };

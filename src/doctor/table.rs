@@ -4,13 +4,11 @@
 use super::facts::{Place, Probe, Table};
 use super::report::{word, Finding, Mend, State};
 use crate::binfmt_misc::{Claim, Listed};
-use crate::host::{BINFMT_MISC, GUARD_FILE, INIT};
+use crate::host::{BINFMT_MISC, GUARD_FILE, INIT, WSL_LOCK};
 use crate::interop::{self, LATE, NAME, STAND_IN};
 
 /// The type of the file system.
 pub const KIND: &str = "binfmt_misc";
-/// The file that WSL 2.8.9 and later binds over the status file before systemd starts.
-const WSL_LOCK: &str = "/run/wsl/binfmt-status-lock";
 
 /// Judges all of it.
 pub fn check(table: &Table, place: &Place) -> Vec<Finding> {

@@ -60,7 +60,7 @@ pub fn decide(host: &Host) -> Decision {
     let mut doubts = Vec::new();
     let plan = plan::plan(
         noted.as_ref().unwrap_or(&conf),
-        &machine::neighbors(host, |doubt| doubts.push(doubt)),
+        &machine::others_files(host, |doubt| doubts.push(doubt)),
     );
     Decision { conf, noted, unread, warning, doubts, plan }
 }

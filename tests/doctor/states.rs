@@ -10,12 +10,12 @@ use super::*;
 use crate::binfmt_d;
 use crate::binfmt_misc::{Entry, Listed, Pattern};
 use crate::interop::{self, LATE, NAME};
-use crate::plan::{self, Neighbors};
+use crate::plan::{self, OthersFiles};
 use crate::units;
 
 fn healthy() -> Facts {
     let conf = WslConf::default();
-    let plan = plan::plan(&conf, &Neighbors::default());
+    let plan = plan::plan(&conf, &OthersFiles::default());
     let exe = camino::Utf8PathBuf::from("/usr/lib/wsl-binfmt-generator");
     let mut files = Files {
         generators: vec![(exe.clone(), exe.clone(), Fate::Runs)],
@@ -117,7 +117,7 @@ fn conf(facts: &mut Facts, text: &str) {
     let decision = is(&mut facts.conf);
     decision.conf = crate::wsl_conf::parse(text.as_bytes());
     decision.unread = None;
-    decision.plan = plan::plan(&decision.conf, &Neighbors::default());
+    decision.plan = plan::plan(&decision.conf, &OthersFiles::default());
 }
 
 fn generator(facts: &mut Facts, fate: Fate) {
