@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::{Builder, Distro, Vm};
 
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 use ours::Run;
 
 const SUITE: &str = "trixie";

@@ -19,7 +19,7 @@ use nix::sys::resource::{getrusage, UsageWho};
 use nix::sys::time::TimeValLike;
 use wsl_vm::{enter_tree, Machine};
 
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 const ROUNDS: usize = 500;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 use ours::downloads::download_packages;
 use ours::{Install, Run};
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context};
 use wsl_vm::{Builder, Distro, Generation, Vm};
 
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 use ours::{Install, Run};
 
 const SUITE: &str = "trixie";

@@ -16,11 +16,11 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::thread;
 
-use anyhow::{bail, ensure, Context};
+use anyhow::{bail, Context};
 use wsl_vm::{Generation, Machine, Vm};
 
 use ours::life::{Event, Life, PROMISED};
-use ours::neighbours::{self, Act, Beside, Whose};
+use ours::life_beside::{self, Act, Beside, Whose};
 
 const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky"];
 const NEIGHBOURS: &[&str] = &["bookworm", "trixie"];
@@ -192,7 +192,7 @@ fn table(played: &[(Case, Life)]) -> anyhow::Result<String> {
     let ours = played.iter().filter(|(case, _)| case.ours);
     let (failed, all, gap) = hammered(ours.flat_map(|(_, life)| &life.events));
     lines.push(format!(
-        "\nok: every launch started; outage: some failed meanwhile; lost: afterwards none starts. \
+        "\nok: every launch started; outage: some failed meanwhile; lost: afterwards none starts.\n\
          It is the worst of systemd {}.\nFrom boot to poweroff, all events together, with us \
          {failed} of {all} launches failed; the longest gap was {gap} ms.",
         versions.join(", ")
@@ -225,7 +225,7 @@ const CELLS: &[(&str, Cell)] = &[
     }),
     ("system", |lives| {
         let on = events(lives, |event| event.system != "off");
-        neighbours::Event::worst(on.map(|event| event.system.as_str())).to_owned()
+        life_beside::Event::worst(on.map(|event| event.system.as_str())).to_owned()
     }),
     ("launches lost at own events", |lives| launches_lost(lives, Whose::Own)),
     ("at a neighbour's", |lives| launches_lost(lives, Whose::Neighbours)),
@@ -262,8 +262,8 @@ const CELLS: &[(&str, Cell)] = &[
 
 fn events<'a>(
     lives: &'a [&Beside],
-    which: fn(&neighbours::Event) -> bool,
-) -> impl Iterator<Item = &'a neighbours::Event> {
+    which: fn(&life_beside::Event) -> bool,
+) -> impl Iterator<Item = &'a life_beside::Event> {
     let all = lives.iter().flat_map(|life| &life.events);
     all.filter(move |event| which(event))
 }
@@ -274,9 +274,9 @@ fn launches_lost(lives: &[&Beside], whose: Whose) -> String {
 }
 
 /// Whose file it is at the worst of these events.
-fn runs(lives: &[&Beside], which: fn(&neighbours::Event) -> bool) -> String {
+fn runs(lives: &[&Beside], which: fn(&life_beside::Event) -> bool) -> String {
     let seen = events(lives, which).map(|event| event.runs.as_str());
-    neighbours::Event::worst(seen).to_owned()
+    life_beside::Event::worst(seen).to_owned()
 }
 
 fn neighbours_table(played: &[(Case, Beside)]) -> String {
@@ -307,8 +307,8 @@ fn neighbours_table(played: &[(Case, Beside)]) -> String {
     let suites: Vec<_> = suites.into_iter().collect();
     lines.push(format!(
         "\nA distro that is stock or ours, beside a neighbour that is stock → ours, where that \
-         makes a difference. Both have a rule with F and one without of the same names, and one \
-         of its own name. Numbers are those of {} together, the rest is the worst of them.",
+         makes\na difference. Both have a rule with F and one without of the same names, and one of \
+         its own name.\nNumbers are those of {} together, the rest is the worst of them.",
         suites.join(" and ")
     ));
     lines.join("\n")
@@ -356,13 +356,7 @@ fn show() -> anyhow::Result<bool> {
     if !played.is_empty() {
         markdown::print("docs/every-wsl.md", "matrix", &table(&played)?)?;
     }
-    // Or of one suite, as in CI, where `cargo test` plays most of the other.
-    let mut suites = NEIGHBOURS.to_vec();
-    if let Some(one) = std::env::args().nth(2) {
-        suites.retain(|suite| *suite == one);
-    }
-    ensure!(!suites.is_empty(), "no neighbours on that suite");
-    let beside = cases(&suites, &[Some(false), Some(true)]);
+    let beside = cases(NEIGHBOURS, &[Some(false), Some(true)]);
     let neighbours = play_all(&machine, beside, Beside::parse)?;
     markdown::print("docs/neighbours.md", "neighbours", &neighbours_table(&neighbours))?;
     let good = good_neighbours(&neighbours);

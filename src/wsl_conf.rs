@@ -1,6 +1,6 @@
 //! /etc/wsl.conf, read as WSL reads it: WSL stops at the first line that it does not accept, and
 //! what comes before counts. rust-ini's own parser accepts more than WSL does, and reads some of it
-//! differently, so only its `Ini` is used, filled here. `tests/wsl-conf-cases.json` is the
+//! differently, so only its `Ini` is used, filled here. `tests/generate/wsl-conf-cases.json` is the
 //! contract.
 
 use ini::Ini;
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn wsl_conf_is_read_as_wsl_reads_it() {
-        let table = include_str!("../tests/wsl-conf-cases.json");
+        let table = include_str!("../tests/generate/wsl-conf-cases.json");
         let cases: Vec<serde_json::Value> = serde_json::from_str(table).unwrap();
         assert_eq!(cases.len(), 64);
         for case in cases {

@@ -1,5 +1,5 @@
 //! What the documents tell people to type is run as it stands there. A comment before each indented
-//! block says how: `run` and `prints` here, `run in the image` in tests/scenarios/packages.rs.
+//! block says how: `run` and `prints` here, `run in the image` in tests/scenarios/in_the_image.rs.
 
 #[allow(dead_code)] // Each user needs a part of it.
 mod markdown;

@@ -4,7 +4,7 @@
 //! for arm64 here, so no systemd is booted on one.
 #![cfg(not(target_arch = "aarch64"))] // There, all other tests are about it.
 
-mod image;
+mod build_image;
 #[allow(dead_code)] // Each user needs a part of it.
 mod markdown;
 #[allow(dead_code)] // Each user needs a part of it.
@@ -20,7 +20,7 @@ use anyhow::{ensure, Context};
 use wsl_vm::Machine;
 
 use markdown::InTheImage;
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 use ours::extent;
 use shell::{have_programs, scratch, sh};
 
@@ -259,17 +259,17 @@ fn the_image_for_arm64_is_as_wsl_wants_it_and_the_program_runs_in_it() -> anyhow
         return Ok(());
     }
     let run = |script: &str| aside("image", EMULATOR, script);
-    let image = image::make(
+    let image = build_image::make(
         "image",
         "--arch arm64 --package ../arm64/package/wsl-binfmt-generator_*.deb",
         &run,
     )?;
-    image::examine(&image, &run)?;
+    build_image::examine(&image, &run)?;
     let (programs, foreign) = programs(&scratch("image")?.join("root"))?;
     ensure!(programs > 500, "{programs} programs and libraries");
     ensure!(foreign.is_empty(), "not for arm64: {foreign:?}");
 
-    image::first_run(&run)?;
+    build_image::first_run(&run)?;
     for document in ["README.md", "docs/image-maintainers.md"] {
         let document = InTheImage::of(document)?;
         fs::write(scratch("image")?.join("typed.sh"), &document.script)?;

@@ -1,11 +1,11 @@
 //! This project in the simulated VM of `wsl-vm`, which knows nothing of it: its program, built and
 //! put into distros; packages; and lives that distros lead with it and without it.
 
-pub mod debian_package;
+pub mod built_package;
 pub mod downloads;
 pub mod extent;
 pub mod life;
-pub mod neighbours;
+pub mod life_beside;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -83,7 +83,7 @@ impl Install for Builder<'_> {
     }
 
     fn bring_debian_package(self) -> anyhow::Result<Self> {
-        let packages = debian_package::directory()?;
+        let packages = built_package::directory()?;
         Ok(self
             .copy(packages.join("package"), "/var/package")
             .copy(packages.join("upgrade"), "/var/upgrade"))
@@ -122,7 +122,7 @@ impl Run for Vm {
     }
 
     fn packaged(&self, distro: &str) -> anyhow::Result<Builder<'_>> {
-        let files = debian_package::directory()?.join("files");
+        let files = built_package::directory()?.join("files");
         Ok(self.distro(distro, "trixie").copy(files, "/"))
     }
 }

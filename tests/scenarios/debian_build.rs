@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Context};
 
-use crate::ours::debian_package::{DebianPackage, FOREIGN};
+use crate::ours::built_package::{DebianPackage, FOREIGN};
 use crate::ours::{extent, project};
 
 /// What is seen of the package where it was built.

@@ -2,16 +2,15 @@
 //! is played with our generator installed, and stock, which is the control.
 //! What is seen is compared line by line. How much of it is played, `ours/extent.rs` says.
 
+#[path = "../build_image/mod.rs"]
+mod build_image;
 mod by_hand;
 mod debian_build;
 mod debian_package;
 mod ends;
-mod faults;
 mod generations;
-#[path = "../image/mod.rs"]
-mod image;
+mod image_for_wsl;
 mod in_the_image;
-mod made_image;
 #[allow(dead_code)] // Each user needs a part of it.
 #[path = "../markdown/mod.rs"]
 mod markdown;
@@ -34,6 +33,7 @@ mod stand_in;
 mod status;
 #[path = "../strace/mod.rs"]
 mod strace;
+mod verb_faults;
 mod verbs;
 mod watch;
 
@@ -45,7 +45,7 @@ use anyhow::{bail, ensure, Context};
 use libtest_mimic::{Arguments, Failed, Trial};
 use wsl_vm::{Lack, Machine, Vm};
 
-use ours::debian_package::DebianPackage;
+use ours::built_package::DebianPackage;
 use ours::downloads::download_packages;
 use ours::extent::{self, Extent};
 use promises::{Expect, Scenario, Setting};
@@ -96,7 +96,7 @@ const LONG_SCENARIOS: &[(&[Scenario], &[&str])] = &[
 /// Tests in a VM, in which they boot distros or none. The longest come first.
 const TESTS: &[&[Test]] = &[
     neighbours::NEIGHBOURS,
-    faults::FAULTS,
+    verb_faults::FAULTS,
     races::RACES,
     verbs::VERBS,
     order::ORDER,
@@ -215,7 +215,7 @@ fn checks(extent: Extent) -> Vec<(String, Check)> {
     };
     // First, so that others are played while it is built.
     let (first, others) = debian_build::DEBIAN_BUILD.split_at(1);
-    let others = made_image::MADE_IMAGE.iter().chain(others);
+    let others = image_for_wsl::IMAGE_FOR_WSL.iter().chain(others);
     all.extend(first.iter().map(of_package).filter(|_| whole));
     let mut tests =
         TESTS.iter().copied().flatten().map(|(name, _)| (name.to_string(), in_vm(name)));

@@ -4,7 +4,7 @@
 use anyhow::ensure;
 use wsl_vm::{Generation, Vm};
 
-use crate::ours::neighbours::{Act, Beside, Whose};
+use crate::ours::life_beside::{Act, Beside, Whose};
 use crate::verbs::Test;
 
 /// The other generations, and systemd 252: `cargo run --example matrix`.

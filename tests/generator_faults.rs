@@ -3,6 +3,7 @@
 //! nothing is enabled, and nothing of WSL's masked, without the unit or drop-in that this is for;
 //! nothing outside is touched; a line says what failed; and the next run is right.
 
+#[path = "generate/golden.rs"]
 mod golden;
 mod shell;
 mod strace;

@@ -55,7 +55,7 @@ impl DebianPackage {
         let package = DebianPackage { tree, directory };
         let recipe = package.tree.join("build/recipe");
         let (product, tests) = sources()?;
-        let product = format!("{packages}\n{}\n{product}", include_str!("debian_package.rs"));
+        let product = format!("{packages}\n{}\n{product}", include_str!("built_package.rs"));
         // Where all is tested, the tests have been run as it was built.
         let wanted = if extent::is_all() { product + TESTED + &tests } else { product };
         let made_of = fs::read_to_string(&recipe).unwrap_or_default();

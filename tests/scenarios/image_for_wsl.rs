@@ -5,13 +5,13 @@ use std::fs;
 
 use anyhow::{ensure, Context};
 
+use crate::build_image;
 use crate::debian_build::Check;
-use crate::image;
-use crate::ours::debian_package::DebianPackage;
+use crate::ours::built_package::DebianPackage;
 use crate::ours::extent::{extent, Extent};
 use crate::shell::{have_programs, scratch, sh};
 
-pub const MADE_IMAGE: &[Check] =
+pub const IMAGE_FOR_WSL: &[Check] =
     &[("the image for WSL is as WSL wants it, and Windows programs start in it", made)];
 
 fn made(package: &DebianPackage) -> anyhow::Result<()> {
@@ -26,9 +26,9 @@ fn made(package: &DebianPackage) -> anyhow::Result<()> {
         Extent::All | Extent::Usual => "--package package.deb",
     };
     let run = |script: &str| sh("image", script);
-    let image = image::make("image", arguments, &run)?;
-    image::examine(&image, &run)?;
-    image::first_run(&run)?;
+    let image = build_image::make("image", arguments, &run)?;
+    build_image::examine(&image, &run)?;
+    build_image::first_run(&run)?;
 
     let image = r#"image=$PWD/debian.wsl; cd "$SOURCE"
         "$CARGO" run --locked --quiet -p wsl-vm -- "$image""#;

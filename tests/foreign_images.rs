@@ -1,5 +1,5 @@
 //! The program `wsl-vm` with images that nobody here made: what it says of those that it cannot try, and
-//! that it tries the others. The image that is made here is in `scenarios/made_image.rs`.
+//! that it tries the others. The image that is made here is in `scenarios/image_for_wsl.rs`.
 
 #[allow(dead_code)] // Each user needs a part of it.
 mod ours;
