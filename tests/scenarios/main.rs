@@ -307,6 +307,13 @@ fn main() -> ExitCode {
     if arguments.list {
         return libtest_mimic::run(&arguments, trials(&arguments, None)).exit_code();
     }
+    let unplayed = trials(&arguments, None);
+    if unplayed.iter().all(|trial| arguments.is_filtered_out(trial)) {
+        let more = if extent::is_all() { "" } else { "; with WSL_TESTS=all there are more" };
+        let name = arguments.filter.as_deref().unwrap_or_default();
+        eprintln!("\nNO SCENARIO IS CALLED {name:?}{more}\n");
+        return libtest_mimic::run(&arguments, unplayed).exit_code();
+    }
     let machine: &'static Machine = match prepared(&arguments) {
         Ok(machine) => Box::leak(Box::new(machine)),
         Err(error) if error.is::<Lack>() => {
