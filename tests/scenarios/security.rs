@@ -12,10 +12,11 @@ use crate::promises::{Expect, Scenario, Setting};
 use crate::verbs::Test;
 
 /// What `systemd-analyze security` gives the units at most, from 0 to 10.
-const CEILINGS: [(&str, f32); 3] = [
+const CEILINGS: [(&str, f32); 4] = [
     ("wsl-interop-restore.service", 0.9),
     // It mounts in the namespace of the distro, as root, for some milliseconds.
     ("wsl-binfmt-guard.service", 9.6),
+    ("wsl-binfmt-release.service", 9.6),
     // systemd's own, which it does not lock down, and neither do we.
     ("systemd-binfmt.service", 9.5),
 ];
@@ -29,6 +30,7 @@ pub const UNITS: &[Scenario] = &[
             stock: &[
                 "wsl-interop-restore.service: not there",
                 "wsl-binfmt-guard.service: not there",
+                "wsl-binfmt-release.service: not there",
                 "systemd-binfmt.service: at most 9.5",
                 "the watcher may write to: ",
                 "WSLInterop after a wipe: missing",
@@ -37,6 +39,7 @@ pub const UNITS: &[Scenario] = &[
             ours: &[
                 "wsl-interop-restore.service: at most 0.9",
                 "wsl-binfmt-guard.service: at most 9.6",
+                "wsl-binfmt-release.service: at most 9.6",
                 "systemd-binfmt.service: at most 9.5",
                 "the watcher may write to: /run/wsl-binfmt /proc/sys/fs/binfmt_misc",
                 "WSLInterop after a wipe: enabled, interpreter /init, flags: PF",
