@@ -70,10 +70,15 @@ fn claims(listed: &Listed) -> bool {
     listed.entry.claim() == Claim::Ordinary
 }
 
-/// Whether Windows programs do not go to /init, although nobody has changed our entry on purpose.
+/// Whether Windows programs do not go to /init, or without `P`, so that those without arguments do
+/// not start, although nobody has changed our entry on purpose.
 pub fn needs_stand_in(entries: &[Listed]) -> bool {
     let untouched = find(entries, NAME).is_none_or(|entry| fault(entry).is_none());
-    untouched && first(entries).is_none_or(|first| first.entry.interpreter != INIT)
+    untouched && !first(entries).is_some_and(|first| starts_programs(&first.entry))
+}
+
+fn starts_programs(entry: &Entry) -> bool {
+    entry.interpreter == INIT && entry.flags.contains('P')
 }
 
 /// The names of the entries that take Windows programs and are tried before ours.
@@ -175,6 +180,9 @@ mod tests {
             (&[("wine", wine.clone()), (NAME, wanted())], true),
             (&[(NAME, wanted()), ("wine", wine.clone())], false),
             (&[("ape", ape), (NAME, wanted())], false),
+            (&[(NAME, Entry { flags: "P".to_owned(), ..wanted() })], false),
+            (&[(NAME, Entry { flags: "F".to_owned(), ..wanted() })], true),
+            (&[("old", entry(INIT, b"MZ")), (NAME, wanted())], true),
             (&[(NAME, disabled)], false),
             (&[(NAME, wine)], false),
         ] {

@@ -12,7 +12,7 @@ use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::machine;
 use crate::own::Record;
 
-/// Registers the stand-in if Windows programs do not go to /init, and returns what was done. The
+/// Registers the stand-in if Windows programs do not go to /init as they should, and returns what was done. The
 /// entry itself is left to `settle`, as others may be about to register that name.
 ///
 /// # Errors
@@ -27,9 +27,12 @@ pub fn cover(host: &Host, table: &Table) -> anyhow::Result<Option<String>> {
     if !interop::needs_stand_in(&entries) {
         return Ok(None);
     }
-    let rivals = interop::first(&entries).map(|listed| listed.name.clone());
     stand_in(host, table, &entries)?;
-    let who = rivals.unwrap_or("nobody".to_owned());
+    let who = match interop::first(&entries) {
+        None => "nobody".to_owned(),
+        Some(first) if first.entry.interpreter == INIT => format!("{} without P", first.name),
+        Some(first) => first.name.clone(),
+    };
     Ok(Some(format!(
         "Windows programs went to {who}; {STAND_IN} takes them until the table is quiet"
     )))

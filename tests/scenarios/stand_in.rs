@@ -122,6 +122,20 @@ pub const STAND_IN: &[Test] = &[
         watcher.stop()?;
         Ok(())
     }),
+    ("stand-in: an entry that has lost its P is covered at once", |vm| {
+        let watcher = Watcher::start(vm)?;
+        let hammer = vm.hammer();
+        for _ in 0..3 {
+            vm.write("WSLInterop", "-1")?;
+            vm.register(":WSLInterop:M::MZ::/init:F")?;
+            within(SOON, || alone(vm))?;
+        }
+        let launches = hammer.stop();
+        // For as long as a watcher waits for quiet at the least, no program without arguments would start.
+        ensure!(launches.longest_outage < Duration::from_millis(250), "{launches:?}");
+        watcher.stop()?;
+        Ok(())
+    }),
     ("stand-in: two watchers do each other no harm", |vm| many_watchers(vm, 2)),
     ("stand-in: ten watchers do each other no harm", |vm| many_watchers(vm, 10)),
     ("stand-in: programs start in a fight without end", |vm| {
