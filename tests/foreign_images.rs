@@ -145,8 +145,15 @@ fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow:
 }
 
 /// What a machine may lack: how to run a program so, and what is then said.
-const LACKS: [(&str, &str); 4] = [
+const LACKS: [(&str, &str); 6] = [
     ("unshare --user --map-user=1000", "the simulated WSL VM needs root"),
+    ("setpriv --bounding-set -sys_admin", "the simulated WSL VM needs CAP_SYS_ADMIN"),
+    (
+        r#"unshare --mount sh -c 'for i in /sys/fs/cgroup/unified /sys/fs/cgroup; do
+            [ ! -e $i/cgroup.procs ] || mount -o remount,bind,ro $i
+        done; exec "$0" "$@"'"#,
+        "needs a cgroup2 file system that can be written to",
+    ),
     (
         r#"unshare --mount sh -c 'mount --bind release /proc/sys/kernel/osrelease; exec "$0" "$@"'"#,
         "newer; this is 6.6.0",

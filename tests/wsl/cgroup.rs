@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
+use nix::sys::statvfs::{statvfs, FsFlags};
 
 /// A cgroup for everything in one VM; dropped, nothing of it is left.
 pub struct Cgroup {
@@ -45,6 +46,12 @@ fn hierarchy() -> anyhow::Result<&'static Path> {
         .into_iter()
         .find(|path| path.join("cgroup.procs").exists())
         .context("no cgroup2 file system below /sys/fs/cgroup")
+}
+
+/// Whether there is one, and it can be written to.
+pub fn may_be_made() -> bool {
+    let flags = hierarchy().and_then(|path| Ok(statvfs(path)?.flags()));
+    flags.is_ok_and(|flags| !flags.contains(FsFlags::ST_RDONLY))
 }
 
 /// Kills what is in a cgroup and below, and removes it.

@@ -41,6 +41,8 @@ pub struct Needs<'a> {
 pub enum Lack {
     /// Only root may start one.
     NotRoot,
+    /// Root of a container may lack this.
+    NotPrivileged(&'static str),
     /// Before Linux 6.7 there is one binfmt_misc table for all. This is the kernel's release.
     OldKernel(String),
     /// Something that is made of Debian's packages cannot be had: what, and why.
@@ -51,6 +53,9 @@ impl fmt::Display for Lack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Lack::NotRoot => write!(f, "the simulated WSL VM needs root"),
+            Lack::NotPrivileged(what) => {
+                write!(f, "the simulated WSL VM needs {what}, which this container does not give")
+            }
             Lack::OldKernel(release) => write!(
                 f,
                 "the simulated WSL VM needs a binfmt_misc table of its own, so Linux 6.7 or \
@@ -108,6 +113,12 @@ impl Machine {
     pub fn lacks() -> Option<Lack> {
         if !nix::unistd::geteuid().is_root() {
             return Some(Lack::NotRoot);
+        }
+        if !may_mount() {
+            return Some(Lack::NotPrivileged("CAP_SYS_ADMIN"));
+        }
+        if !cgroup::may_be_made() {
+            return Some(Lack::NotPrivileged("a cgroup2 file system that can be written to"));
         }
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
@@ -236,6 +247,15 @@ impl Machine {
             None => bail!("the VM was still running after {VM_TIMEOUT:?}\n{printed}{complaints}"),
         }
     }
+}
+
+/// Whether this process has CAP_SYS_ADMIN, capabilities(7).
+fn may_mount() -> bool {
+    const SYS_ADMIN: u64 = 1 << 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    effective.is_some_and(|mask| mask & SYS_ADMIN != 0)
 }
 
 /// Says what is not tested for a [`Lack`]. In CI that is an error, and another error is one anywhere.
