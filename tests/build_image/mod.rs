@@ -13,11 +13,15 @@ const LARGEST: u64 = 100_000_000;
 
 /// Modes, owners and links of what WSL, and Microsoft's validator of images, look at.
 const FILES: &str = "\
+    drwxr-xr-x 0/0 ./\n\
+    drwxr-xr-x 0/0 ./etc/\n\
     -rw-r--r-- 0/0 ./etc/machine-id\n\
     -rw-r--r-- 0/0 ./etc/passwd\n\
     -rw-r----- 0/42 ./etc/shadow\n\
     -rw-r--r-- 0/0 ./etc/wsl-distribution.conf\n\
     -rw-r--r-- 0/0 ./etc/wsl.conf\n\
+    drwxr-xr-x 0/0 ./usr/\n\
+    drwxr-xr-x 0/0 ./usr/lib/\n\
     -rwxr-xr-x 0/0 ./usr/lib/systemd/system-generators/wsl-binfmt-generator\n\
     drwxr-xr-x 0/0 ./usr/lib/wsl/\n\
     -rwxr-xr-x 0/0 ./usr/lib/wsl/first-run\n\
@@ -37,7 +41,10 @@ pub fn make(name: &str, arguments: &str, run: Run) -> anyhow::Result<PathBuf> {
             sort -z | xargs -0 cat | sha256sum)
         of="$of {arguments}"
         if [ "$of" != "$(cat made-of 2>/dev/null)" ]; then
-            SOURCE_DATE_EPOCH=1700000000 "$SOURCE/packaging/wsl/build-image" {arguments} debian.wsl
+            # It does not depend on the umask, nor on what the folder for what is temporary is called.
+            mkdir -p "tmp folder"
+            (umask 077; TMPDIR="$PWD/tmp folder" SOURCE_DATE_EPOCH=1700000000 \
+                "$SOURCE/packaging/wsl/build-image" {arguments} debian.wsl)
             echo "$of" >made-of
         fi"#
     ))?;
@@ -51,7 +58,7 @@ pub fn examine(image: &Path, run: Run) -> anyhow::Result<()> {
 
     let listed = run(r"tar -tvzf debian.wsl --numeric-owner |
         sed -E 's,^([^ ]+ [^ ]+) .* (\./[^ ]*)( -> .*)?$,\1 \2,' >list
-        grep -E ' \./(etc/(machine-id|passwd|shadow|wsl.*)|usr/lib/wsl/.*|usr/sbin/init|.*/wsl-binfmt-generator)$' list |
+        grep -E ' \./(|etc/|usr/|usr/lib/|etc/(machine-id|passwd|shadow|wsl.*)|usr/lib/wsl/.*|usr/sbin/init|.*/wsl-binfmt-generator)$' list |
         grep -v -e /doc/ -e /lintian/ | sort -k 3")?;
     assert_eq!(listed, FILES);
     // Nothing of the machine that it was made on, and nothing that two distros must not share.
