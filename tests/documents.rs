@@ -29,7 +29,7 @@ const COPY: &str = r#"
     rm -rf copy
     mkdir -p copy/build
     mv built copy/build/cargo
-    tar -C "$SOURCE" --exclude=./target --exclude=./.git -cf - . | tar -C copy -xf -
+    tar -C "$SOURCE" --exclude=./target --exclude=./build --exclude=./.git -cf - . | tar -C copy -xf -
     image=$PWD/image
     export DESTDIR="$image"
     cd copy
@@ -39,7 +39,7 @@ const PLACE: &str = r#"cd "$SOURCE"; "#;
 
 #[test]
 fn every_command_of_the_documents_is_run_or_says_where_it_is() -> anyhow::Result<()> {
-    if !have_programs("meson:meson ninja:ninja-build pkg-config:pkgconf")? {
+    if !have_programs("meson:meson ninja:ninja-build pkg-config:pkgconf systemd.pc:systemd-dev")? {
         return Ok(());
     }
     let needs = Needs { suites: &["trixie"], packages: ours::PACKAGES, ..Needs::default() };

@@ -27,6 +27,7 @@ fn sh(name: &str, script: &str) -> anyhow::Result<String> {
     let links = r#"
         links=$(mktemp -d)
         trap 'rm -r "$links"' EXIT
+        trap 'exit 1' HUP INT TERM
         ln -s "$SOURCE" "$links/source"
         ln -s "$PWD" "$links/here"
         ln -s "$(dirname "$PWD")/sources" "$links/sources"

@@ -163,6 +163,8 @@ impl DebianPackage {
     }
 }
 
+/// What packaging/make-sources leaves out, besides cargo's target directories.
+const MADE: [&str; 5] = [".git", "build", "debian", "target", "vendor"];
 /// Comes before the files of tests, in the recipe of a package that was built where all is tested.
 const TESTED: &str = "\nand its tests:\n";
 
@@ -175,7 +177,8 @@ fn sources() -> anyhow::Result<(String, String)> {
         for entry in fs::read_dir(&directory)? {
             let entry = entry?;
             let (name, metadata) = (entry.file_name(), entry.metadata()?);
-            if name == "target" || name == ".git" {
+            let is_made = MADE.iter().any(|made| name == *made) && directory == project();
+            if is_made || entry.path().join("CACHEDIR.TAG").exists() {
                 continue;
             }
             if metadata.is_dir() {
