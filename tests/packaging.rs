@@ -5,6 +5,7 @@ mod shell;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
@@ -190,7 +191,12 @@ fn status_is_one_line_where_it_is_not_wsl() -> anyhow::Result<()> {
         Ok((output.status.code(), text, output.stderr.is_empty()))
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.to_lowercase();
-    ensure!(!release.contains("microsoft"), "to be tested elsewhere");
+    if release.contains("microsoft") {
+        let lack = "WHAT status SAYS WHERE IT IS NOT WSL IS NOT TESTED: this is WSL, or its kernel";
+        ensure!(std::env::var_os("CI").is_none(), lack);
+        // In one piece, as the harness prints at the same time.
+        return Ok(io::stderr().write_all(format!("\n{lack}\n\n").as_bytes())?);
+    }
     let line = "This is not WSL: nothing to do.".to_owned();
     assert_eq!(status(&[])?, (Some(0), line.clone() + "\n", true));
     let (code, json, _) = status(&["--json"])?;

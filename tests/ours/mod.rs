@@ -45,8 +45,10 @@ pub fn prepare(suites: &[&str], masked: &[&str]) -> anyhow::Result<Machine> {
             masked: &[&[BINFMT_SUPPORT], masked].concat(),
             programs: &[&program],
         });
-        building.join().expect("building does not panic")?;
-        machine
+        let built = building.join().expect("building does not panic");
+        // What the machine lacks is why it could not be built, if both failed.
+        let machine = machine?;
+        built.map(|()| machine)
     })
 }
 

@@ -94,7 +94,8 @@ pub fn require(program: &str, package: &str) -> anyhow::Result<()> {
             .stdin(Stdio::null())
             .output();
         match apt {
-            Ok(apt) if apt.status.success() => {}
+            // Of other sources than that of the package some may be broken.
+            Ok(apt) if apt.status.success() || arguments == ["update"] => {}
             Ok(apt) => bail!(not_had(&first_error(&apt.stderr))),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 bail!(not_had("this is not Debian, where apt-get would install it"))
