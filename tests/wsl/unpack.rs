@@ -40,7 +40,7 @@ pub struct Unpacked {
 }
 
 impl Drop for Unpacked {
-    /// The last one takes it away; who is killed leaves it to the next.
+    /// The last one takes it away; who is killed leaves it to whoever unpacks next.
     fn drop(&mut self) {
         if self.lock.relock(FlockArg::LockExclusiveNonblock).is_ok() {
             // There is nobody left to tell.
@@ -52,6 +52,7 @@ impl Drop for Unpacked {
 /// Unpacks an archive, unless somebody has it unpacked.
 pub fn unpacked(archive: &Path, limit: u64) -> Result<Unpacked, Error> {
     let directory = directory()?;
+    remove_those_of_the_dead(&directory)?;
     let sum = Command::new("sha256sum")
         .stdin(File::open(archive)?)
         .output()
@@ -91,6 +92,26 @@ pub fn unpacked(archive: &Path, limit: u64) -> Result<Unpacked, Error> {
     }
     fs::rename(&unfinished, &tree)?;
     shared(lock)
+}
+
+/// Takes away what a run that was killed has left.
+fn remove_those_of_the_dead(directory: &Path) -> anyhow::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension() != Some("lock".as_ref()) {
+            continue;
+        }
+        // Whoever has it unpacked, or unpacks it, has the lock.
+        if let Ok(_lock) = Flock::lock(File::open(&path)?, FlockArg::LockExclusiveNonblock) {
+            for left in ["", "unfinished"].map(|end| path.with_extension(end)) {
+                if left.exists() {
+                    fs::remove_dir_all(&left)
+                        .with_context(|| format!("removing {}", left.display()))?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn unpack(archive: &Path, to: &Path, limit: u64) -> Result<(), Error> {
