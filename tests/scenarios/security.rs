@@ -8,7 +8,7 @@ use anyhow::ensure;
 use wsl_vm::Distro;
 
 use crate::ours::{Install, Run};
-use crate::promises::{Expect, Scenario, Setting};
+use crate::promises::{state, Expect, Scenario, Setting};
 use crate::verbs::Test;
 
 /// What `systemd-analyze security` gives the units at most, from 0 to 10.
@@ -131,6 +131,19 @@ fn units_are_locked_down(setting: &Setting) -> anyhow::Result<Vec<String>> {
 
 /// What nobody of the distro gets, and what root keeps.
 pub const SECURITY: &[Test] = &[
+    ("security: a distro of these tests sets nothing of the machine's", |vm| {
+        let mine = vm.distro("mine", "trixie").boot()?;
+        // Root of a user namespace may do so, if it has the number of the machine's.
+        let settable = "for i in $(find /proc/sys -type f) /proc/sysrq-trigger; do
+            case $i in /proc/sys/net/* | /proc/sys/user/* | */osrelease | /proc/sys/fs/binfmt_misc/*) continue ;; esac
+            ! [ -w $i ] || echo $i
+        done";
+        let settable = mine.run(settable);
+        ensure!(settable.is_empty(), "{settable}");
+        let state = state(&mine);
+        ensure!(state == "systemd-binfmt active, system running", "{state}");
+        Ok(())
+    }),
     ("security: an unprivileged user gains nothing", |vm| {
         let mine = vm.distro("mine", "trixie").generator(true).boot()?;
         let modes = mine.run(

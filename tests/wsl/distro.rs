@@ -20,14 +20,16 @@ use super::{mount, DISTRO_STAGE};
 /// Longer than this no boot, command or poweroff takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What a user namespace may not do, and WSL2 may: mount these, load modules, read the audit log.
-const FORBIDDEN: [&str; 6] = [
+/// What a user namespace may not do, or would do to the machine, and WSL2 may: mount these, load
+/// modules, read the audit log, set sysctls.
+const FORBIDDEN: [&str; 7] = [
     "dev-hugepages.mount",
     "sys-fs-fuse-connections.mount",
     "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount",
     "systemd-journald-audit.socket",
     "systemd-modules-load.service",
+    "systemd-sysctl.service",
 ];
 
 /// The last is where NixOS has its programs.

@@ -237,7 +237,7 @@ const MOUNTABLE: [&str; 10] = [
 ];
 
 /// Services that have to do with a machine's devices, kernel or disks, which the VM has not.
-const MACHINES: [&str; 12] = [
+const MACHINES: [&str; 11] = [
     "auditd.service",
     "kmod-static-nodes.service",
     "ldconfig.service",
@@ -245,7 +245,6 @@ const MACHINES: [&str; 12] = [
     "multipathd.service",
     "systemd-networkd-wait-online.service",
     "systemd-remount-fs.service",
-    "systemd-sysctl.service",
     "systemd-timesyncd.service",
     "systemd-udev-settle.service",
     "systemd-udev-trigger.service",

@@ -90,6 +90,7 @@ fn mount(what: &str, on: &str, kind: &str, options: &str) -> anyhow::Result<()> 
         "rbind" => MsFlags::MS_BIND | MsFlags::MS_REC,
         "read-only" => MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
         "shared" => MsFlags::MS_SHARED,
+        "rshared" => MsFlags::MS_SHARED | MsFlags::MS_REC,
         "rprivate" => MsFlags::MS_PRIVATE | MsFlags::MS_REC,
         _ => MsFlags::empty(),
     };

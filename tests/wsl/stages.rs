@@ -48,10 +48,14 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     let inside = |path: &str| format!("{root}{path}");
 
     mount_tree(directory, &root)?;
+    keep_sysctls(&root)?;
     let image = fs::read_to_string(directory.join("image")).ok();
     if image.is_some() {
-        keep_from_the_machine(&root)?;
+        keep_devices(&root)?;
     }
+    // So that what is mounted below is seen in a second mount namespace of the distro, too. Not before:
+    // it would also be seen below what is bound over itself here.
+    mount("none", &inside("/proc"), "rshared", "")?;
     mount("cgroup2", &inside("/sys/fs/cgroup"), "cgroup2", "")?;
     mount_devices(&root)?;
     mount_run(&root)?;
@@ -131,11 +135,7 @@ fn mount_run(root: &str) -> anyhow::Result<()> {
     let run = format!("{root}/run");
     nix::mount::mount(Some("tmpfs"), &*run, Some("tmpfs"), flags, Some("mode=755"))
         .with_context(|| format!("mounting {run}"))?;
-    // So that what is mounted below is seen in a second mount namespace of the distro, too.
-    for path in ["/proc", "/run"] {
-        mount("none", &format!("{root}{path}"), "shared", "")?;
-    }
-    Ok(())
+    mount("none", &run, "shared", "")
 }
 
 /// Makes a directory to mount on, in place of a link or whatever else is there.
@@ -161,19 +161,27 @@ fn make_file(path: &str) -> anyhow::Result<()> {
 }
 
 /// Makes read-only what root may write to in any user namespace, and what is the machine's: its
-/// sysctls and devices. The network's are the VM's own. /proc/sys itself stays as it is, for units
-/// that ask whether it can be written to.
-fn keep_from_the_machine(root: &str) -> anyhow::Result<()> {
-    mount("none", &format!("{root}/sys"), "read-only", "")?;
-    let mut kept =
-        ["bus", "fs", "irq", "sysrq-trigger"].map(|name| format!("{root}/proc/{name}")).to_vec();
+/// sysctls. The network's and the user namespace's are the VM's own. /proc/sys itself stays as it is,
+/// for units that ask whether it can be written to.
+fn keep_sysctls(root: &str) -> anyhow::Result<()> {
+    keep(&format!("{root}/proc/sysrq-trigger"))?;
     for entry in fs::read_dir(format!("{root}/proc/sys"))? {
         let entry = entry?;
-        if entry.file_name() != "net" {
-            kept.push(entry.path().to_string_lossy().into_owned());
+        if !["net", "user"].iter().any(|own| entry.file_name() == *own) {
+            keep(&entry.path().to_string_lossy())?;
         }
     }
-    for path in kept.iter().filter(|path| Path::new(path).exists()) {
+    Ok(())
+}
+
+/// The same with its devices.
+fn keep_devices(root: &str) -> anyhow::Result<()> {
+    mount("none", &format!("{root}/sys"), "read-only", "")?;
+    ["bus", "fs", "irq"].iter().try_for_each(|name| keep(&format!("{root}/proc/{name}")))
+}
+
+fn keep(path: &str) -> anyhow::Result<()> {
+    if Path::new(path).exists() {
         mount(path, path, "bind", "")?;
         mount(path, path, "read-only", "")?;
     }
