@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
+use nix::sys::stat::{umask, Mode};
 
 use super::distro::Builder;
 use super::machine::{Given, REQUEST};
@@ -42,6 +43,8 @@ pub fn stage(play: impl FnOnce(&Vm) -> anyhow::Result<()>) -> anyhow::Result<()>
     // Not before: this process has only now been put into the VM's cgroup, which becomes the root.
     unshare(CloneFlags::CLONE_NEWCGROUP).context("unsharing a cgroup namespace")?;
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // Distros are for all their users, whatever this one's is.
+    umask(Mode::from_bits_truncate(0o022));
     let vm = Vm::start()?;
     play(&vm)
 }
@@ -59,6 +62,10 @@ impl Vm {
             let entry = entry?;
             let here = entry.path();
             let there = Path::new(root).join(entry.file_name());
+            // Both are the VM's own.
+            if ["vm", "init"].iter().any(|own| entry.file_name() == *own) {
+                continue;
+            }
             let kind = entry.file_type()?;
             if kind.is_symlink() {
                 symlink(fs::read_link(&here)?, &there)?;
