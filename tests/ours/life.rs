@@ -65,11 +65,17 @@ impl Life {
         let distro = |name| {
             vm.distro(name, suite)
                 .generation(generation)
+                .shared_cgroup()
                 .generator(ours)
                 .file("/etc/binfmt.d/test.conf", &format!("{RULE}\n"))
         };
         // It does the table no harm and no good, so that all of that comes from the other.
-        let peer = vm.distro("peer", suite).masked("systemd-binfmt.service").boot()?;
+        let peer = vm.distro("peer", suite).masked("systemd-binfmt.service");
+        let peer = match generation {
+            Generation::Lock => peer,
+            _ => peer.shared_cgroup(),
+        };
+        let peer = peer.boot()?;
         peer.register(PEERS_RULE);
 
         let mut play = Play { vm, peer, events: Vec::new() };

@@ -270,7 +270,7 @@ impl Side<'_> {
         let name = format!("{}-{number}", self.only());
         let only = format!(":{}:M::ONLY::/bin/cat:\n", self.only());
         let builder = self.vm.distro(&name, &self.suite);
-        let builder = builder.generation(self.generation).generator(self.ours);
+        let builder = builder.generation(self.generation).shared_cgroup().generator(self.ours);
         let builder = builder.file("/etc/binfmt.d/rules.conf", &format!("{RULES}{only}"));
         builder.program(INTERPRETER, self.role).boot()
     }

@@ -111,6 +111,7 @@ impl<'s> Play<'s> {
         let distro = self.setting.vm.distro(&name, self.setting.suite);
         distro
             .generation(generation)
+            .shared_cgroup()
             .generator(self.setting.ours)
             .file("/etc/binfmt.d/own.conf", RULE)
             .program(INTERPRETER, which)

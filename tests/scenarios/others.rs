@@ -153,6 +153,14 @@ pub const OTHERS: &[Test] = &[
             ensure!(said.contains("Read-only file system"), "{enter}: {said:?}");
         }
         ensure!(vm.entry("testfmt") != "missing", "{:?}", vm.entries());
+        // Why it makes a new mount: that is seen in both, but not a change of its flags.
+        let seen = mine.run(
+            "mkdir /run/new; mount -t tmpfs new /run/new; mount -o remount,bind,ro /run/new
+            touch /run/new/a && echo here
+            nsenter -t $(cat /run/second) -m -r sh -c '
+                mountpoint -q /run/new && touch /run/new/a && echo there'",
+        );
+        ensure!(seen.contains("Read-only file system") && seen.ends_with("\nthere\n"), "{seen}");
         Ok(())
     }),
     ("guard: its restart loses no rule", |vm| {

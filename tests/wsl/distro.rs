@@ -56,6 +56,7 @@ pub struct Builder<'vm> {
     init: bool,
     read_only: bool,
     nested_cgroup: bool,
+    shared_cgroup: bool,
     masked: Vec<String>,
     copies: Vec<(PathBuf, String)>,
     links: Vec<(String, String)>,
@@ -76,6 +77,7 @@ impl<'vm> Builder<'vm> {
             init: true,
             read_only: false,
             nested_cgroup: false,
+            shared_cgroup: false,
             masked: vm.given.masked.clone(),
             copies: Vec::new(),
             links: Vec::new(),
@@ -160,32 +162,41 @@ impl<'vm> Builder<'vm> {
         self
     }
 
-    /// With systemd in `/wsl-user/distro-NAME/systemd` of the VM's cgroups, all of which it sees,
-    /// as with `isolateDistroCgroup` in .wslconfig. There NAME is a number, `/wsl-user` may use
-    /// less memory and processor time than the VM, and what WSL itself starts in the distro is in
-    /// another cgroup. Here no cgroup has controllers.
+    /// With systemd in `/wsl-user/distro-NAME/systemd` of the VM's cgroups, all of which it sees, as
+    /// WSL 2.9.5 to 2.9.12 have it.
     pub fn nested_cgroup(mut self) -> Self {
         self.nested_cgroup = true;
         self
     }
 
-    /// Its place among the VM's cgroups. Unless it is nested, it also has a cgroup namespace, which
-    /// WSL gives to none: there, every systemd is at the root of the VM's cgroups.
-    fn cgroup(&self) -> PathBuf {
+    /// With systemd at the root of the VM's cgroups, if its WSL has it there: up to 2.9.4. It uses the
+    /// same cgroups as the systemd of any other distro, for units of the same name. So now and then
+    /// one of two that start or stop the same unit at the same instant fails, whatever the unit.
+    pub fn shared_cgroup(mut self) -> Self {
+        self.shared_cgroup = true;
+        self
+    }
+
+    /// Its place among the VM's cgroups, and whether that is all that it sees of them, as is usual here,
+    /// and in WSL since 2.9.13. There NAME is a number, `/wsl-user` may use less memory and processor
+    /// time than the VM, and what WSL itself starts in the distro is in another cgroup. Here no cgroup
+    /// has controllers.
+    fn cgroup(&self) -> (PathBuf, bool) {
         let of_vm = &self.vm.given.cgroup;
+        let own = of_vm.join("wsl-user").join(format!("distro-{}", self.name));
         if self.nested_cgroup {
-            of_vm.join("wsl-user").join(format!("distro-{}", self.name))
+            (own.join("systemd"), false)
+        } else if self.shared_cgroup && self.generation.shares_cgroups() {
+            (of_vm.clone(), false)
         } else {
-            of_vm.join(&self.name)
+            (own, true)
         }
     }
 
     /// Boots it, and waits until systemd has started what it was to start.
     pub fn boot(self) -> anyhow::Result<Distro> {
         let directory = PathBuf::from("/vm").join(&self.name);
-        let cgroup = self.cgroup();
-        self.lay_out(&directory, &cgroup)
-            .with_context(|| format!("laying out the distro {}", self.name))?;
+        self.lay_out(&directory).with_context(|| format!("laying out the distro {}", self.name))?;
 
         let mut child = Command::new("/proc/self/exe")
             .arg(DISTRO_STAGE)
@@ -195,8 +206,8 @@ impl<'vm> Builder<'vm> {
             .spawn()?;
         let mut pid = String::new();
         BufReader::new(child.stdout.take().context("stdout")?).read_line(&mut pid)?;
-        let mut distro =
-            Distro { name: self.name, pid: pid.trim().to_owned(), child, cgroup, patience: None };
+        let pid = pid.trim().to_owned();
+        let mut distro = Distro { name: self.name, pid, child, patience: None };
         let deadline = Instant::now() + TIMEOUT;
         let socket = format!("/proc/{}/root/run/systemd/private", distro.pid);
         loop {
@@ -220,7 +231,7 @@ impl<'vm> Builder<'vm> {
         }
     }
 
-    fn lay_out(&self, directory: &Path, cgroup: &Path) -> anyhow::Result<()> {
+    fn lay_out(&self, directory: &Path) -> anyhow::Result<()> {
         for name in ["upper", "work", "root"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -232,13 +243,12 @@ impl<'vm> Builder<'vm> {
             None => self.vm.given.tree(&self.suite),
         };
         symlink(&tree, directory.join("tree"))?;
-        let mut cgroup = cgroup.to_owned();
-        if self.nested_cgroup {
-            fs::write(directory.join("nested-cgroup"), "")?;
-            cgroup.push("systemd");
-        }
+        let (cgroup, is_all) = self.cgroup();
         fs::create_dir_all(&cgroup)?;
         symlink(cgroup, directory.join("cgroup"))?;
+        if is_all {
+            fs::write(directory.join("cgroup-namespace"), "")?;
+        }
         if self.read_only {
             fs::write(directory.join("read-only"), "")?;
         }
@@ -336,7 +346,6 @@ pub struct Distro {
     name: String,
     pid: String,
     child: Child,
-    cgroup: PathBuf,
     /// How long WSL lets it power off.
     patience: Option<Duration>,
 }
@@ -496,8 +505,10 @@ impl Distro {
 
 impl Drop for Distro {
     fn drop(&mut self) {
-        // A distro that is gone already has nothing to kill.
-        let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
+        // Its PID 1 is there for as long as what waits for it, and takes all others with it.
+        if let (Ok(None), Ok(pid)) = (self.child.try_wait(), self.pid.parse()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         let _ = self.child.wait();
     }
 }

@@ -149,8 +149,10 @@ const BINFMT: &str = "systemd-binfmt.service";
 
 fn distro<'vm>(vm: &'vm Vm, name: &str, case: &Case) -> anyhow::Result<Builder<'vm>> {
     let generation = Generation::named(&case.generation)?;
-    let version = format!("container_host_version_id={}", case.version);
-    Ok(vm.image(name, &case.tree).generation(generation).environment(&[
+    // Of four parts, of which people name two or three.
+    let zeros = ".0".repeat(3_usize.saturating_sub(case.version.matches('.').count()));
+    let version = format!("container_host_version_id={}{zeros}", case.version);
+    Ok(vm.image(name, &case.tree).generation(generation).shared_cgroup().environment(&[
         "container=wsl",
         "container_host_id=windows",
         &version,

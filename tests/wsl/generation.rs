@@ -1,5 +1,6 @@
 //! What WSL itself does for the interop of a distro that it boots, which has changed with its
-//! versions. Texts and order of events are those of WSL's own init.
+//! versions. Texts and order of events are those of WSL's own init, but for wsl-mnt-guard.service, which
+//! has nothing to do with interop.
 
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
@@ -132,6 +133,12 @@ impl Generation {
         }
     }
 
+    /// Whether all distros have the same cgroups. The version that stands for the last generation gives
+    /// each its own; those up to 2.9.4 do not.
+    pub(super) fn shares_cgroups(self) -> bool {
+        self != Generation::Lock
+    }
+
     /// How long it waits for a distro to power off before it kills it. Before 2.6.2 it does not
     /// wait at all, and says it is a reboot.
     pub(super) fn patience(self, conf: &str) -> Option<Duration> {
@@ -188,6 +195,7 @@ const MNT_GUARD: &str = r#"
 cat >"$1/wsl-mnt-guard.service" <<'END'
 [Unit]
 Description=Detach /mnt/wsl from the other distros before it is unmounted
+ConditionPathIsMountPoint=/mnt/wsl
 DefaultDependencies=no
 Conflicts=umount.target
 Before=umount.target

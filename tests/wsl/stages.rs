@@ -25,7 +25,7 @@ pub fn distro(directory: &str) -> anyhow::Result<()> {
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC;
-    if !directory.join("nested-cgroup").exists() {
+    if directory.join("cgroup-namespace").exists() {
         namespaces |= CloneFlags::CLONE_NEWCGROUP;
     }
     unshare(namespaces).context("unsharing a distro's namespaces")?;
