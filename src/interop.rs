@@ -6,7 +6,7 @@ use crate::host::INIT;
 
 /// The entry's name, which other tools also look for.
 pub const NAME: &str = "WSLInterop";
-/// The stand-in for it while no other entry passes Windows programs to /init. No other program
+/// The stand-in for it while no other entry passes Windows programs to /init as it should. No other program
 /// registers this name, so no registration can fail because of it.
 pub const STAND_IN: &str = "WSLInterop-next";
 /// Prefix of the stand-in for another entry while that is registered again.
@@ -70,14 +70,16 @@ fn claims(listed: &Listed) -> bool {
     listed.entry.claim() == Claim::Ordinary
 }
 
-/// Whether Windows programs do not go to /init, or without `P`, so that those without arguments do
-/// not start, although nobody has changed our entry on purpose.
+/// Whether Windows programs do not go to /init, or without `P`, so that not all of them start, although
+/// nobody has changed our entry on purpose.
 pub fn needs_stand_in(entries: &[Listed]) -> bool {
     let untouched = find(entries, NAME).is_none_or(|entry| fault(entry).is_none());
     untouched && !first(entries).is_some_and(|first| starts_programs(&first.entry))
 }
 
-fn starts_programs(entry: &Entry) -> bool {
+/// Whether Windows programs that go to this entry start. Without `P`, /init ends without a word if a
+/// program has no arguments, and loses the first one of others.
+pub fn starts_programs(entry: &Entry) -> bool {
     entry.interpreter == INIT && entry.flags.contains('P')
 }
 
@@ -85,7 +87,7 @@ fn starts_programs(entry: &Entry) -> bool {
 pub fn rivals_ahead(entries: &[Listed]) -> Vec<String> {
     let ahead = entries.iter().take_while(|listed| listed.name != NAME);
     let rivals = ahead.filter(|listed| {
-        let of_wsl = is_reserved(&listed.name) && listed.entry.interpreter == INIT;
+        let of_wsl = [LATE, STAND_IN].contains(&&*listed.name) && listed.entry.interpreter == INIT;
         listed.entry.enabled && claims(listed) && !of_wsl
     });
     rivals.map(|listed| listed.name.clone()).collect()
@@ -219,11 +221,13 @@ mod tests {
             ("WSLInterop-next-status", ape.clone()),
             ("WSLInterop-next-a", ape.clone()),
             ("WSLInterop-next-b", entry("/wine", b"MZ")),
+            ("WSLInterop-next-c", entry(INIT, b"MZ")),
+            (STAND_IN, wanted()),
             (NAME, wanted()),
         ]);
         let found = unfinished(&entries);
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].0, "a");
-        assert_eq!(rivals_ahead(&entries), ["WSLInterop-next-b"]);
+        assert_eq!(rivals_ahead(&entries), ["WSLInterop-next-b", "WSLInterop-next-c"]);
     }
 }

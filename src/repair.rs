@@ -12,7 +12,8 @@ use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::machine;
 use crate::own::Record;
 
-/// Registers the stand-in if Windows programs do not go to /init as they should, and returns what was done. The
+/// Registers the stand-in if Windows programs do not go to /init as they should, and returns what was
+/// done. The
 /// entry itself is left to `settle`, as others may be about to register that name.
 ///
 /// # Errors
@@ -136,7 +137,9 @@ fn drop_stand_in(table: &Table, settled: &mut Settled) -> anyhow::Result<()> {
     }
     entries.retain(|listed| listed.name != STAND_IN);
     if interop::needs_stand_in(&entries) {
-        bail!("{NAME} was removed again at once, so {STAND_IN} stays");
+        bail!(
+            "Windows programs would not go to {NAME}, changed again at once, so {STAND_IN} stays"
+        );
     }
     table.unregister(STAND_IN)?;
     let deed = format!("removed {STAND_IN}, no longer needed beside {NAME}");

@@ -113,9 +113,13 @@ impl Seen<'_> {
                 let mend = format!("echo {value} >{BINFMT_MISC}/{NAME} && {}", self.restore());
                 bad(State::Broken, format!("{NAME}, {start} {found}")).by_root(mend)
             }
-            Some((entry, None)) if !entry.flags.contains('P') => {
-                let why = "its flag P, so programs without arguments do not start";
-                bad(State::Broken, format!("{NAME} has lost {why}"))
+            Some((entry, None)) if !interop::starts_programs(entry) => {
+                // The stand-in may be ahead.
+                let (state, why) = match interop::needs_stand_in(self.entries) {
+                    true => (State::Broken, ", so programs without arguments do not start"),
+                    false => (State::Degraded, ""),
+                };
+                bad(state, format!("{NAME} has lost its flag P{why}"))
             }
             Some((entry, None)) if !entry.flags.contains('F') => {
                 let why = "its flag F, so it does not work in containers";
@@ -136,6 +140,9 @@ impl Seen<'_> {
     fn launch(&self, cause: Option<Mend>) -> Finding {
         let takes = |listed: &&Listed| listed.entry.takes_windows_programs();
         let first = self.entries.iter().find(takes);
+        // Of ours without P, the check of the entry tells.
+        let is_weak = first
+            .is_some_and(|first| first.name != NAME && !interop::starts_programs(&first.entry));
         let first = first.map(|listed| (&listed.name, &*listed.entry.interpreter));
         let found = match (first, self.table.probe) {
             (None, Probe::Taken | Probe::Unknown) if self.table.entries.is_none() => {
@@ -145,6 +152,9 @@ impl Seen<'_> {
             (_, Probe::Refused) | (None, _) => {
                 "Windows programs do not start: \"Exec format error\"".to_owned()
             }
+            (Some((name, INIT)), _) if is_weak => format!(
+                "Windows programs go to {name}, which has no flag P, so those without arguments do not start"
+            ),
             (Some((name, INIT)), _) => {
                 let found = format!("Windows programs start through {name} ({INIT})");
                 return Finding::good("launch", found);

@@ -9,7 +9,7 @@ use super::report::State;
 use super::*;
 use crate::binfmt_d;
 use crate::binfmt_misc::{Entry, Listed, Pattern};
-use crate::interop::{self, LATE, NAME};
+use crate::interop::{self, LATE, NAME, STAND_IN};
 use crate::plan::{self, OthersFiles};
 use crate::units;
 
@@ -189,6 +189,13 @@ const STATES: &[(&str, Change)] = &[
         entry(f).enabled = false;
     }),
     ("entry without P and F", |f| entry(f).flags.clear()),
+    ("entry without P behind the stand-in", |f| {
+        entry(f).flags = "F".to_owned();
+        entries(f).insert(0, listed(STAND_IN, "/init", "PF"));
+    }),
+    ("somebody's entry for /init without P", |f| {
+        entries(f).insert(0, listed("wsl", "/init", ""));
+    }),
     ("second entry doubles", |f| entries(f).push(listed(LATE, "/init", "P"))),
     ("only the second entry", |f| entries(f)[0].name = LATE.to_owned()),
     ("a rival that is switched off", |f| {
