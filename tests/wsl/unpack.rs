@@ -104,9 +104,11 @@ fn remove_those_of_the_dead(directory: &Path) -> anyhow::Result<()> {
         // Whoever has it unpacked, or unpacks it, has the lock.
         if let Ok(_lock) = Flock::lock(File::open(&path)?, FlockArg::LockExclusiveNonblock) {
             for left in ["", "unfinished"].map(|end| path.with_extension(end)) {
+                // It is in nobody's way.
                 if left.exists() {
-                    fs::remove_dir_all(&left)
-                        .with_context(|| format!("removing {}", left.display()))?;
+                    if let Err(error) = fs::remove_dir_all(&left) {
+                        eprintln!("removing {}: {error}", left.display());
+                    }
                 }
             }
         }
@@ -122,6 +124,8 @@ fn unpack(archive: &Path, to: &Path, limit: u64) -> Result<(), Error> {
         .context("running bsdcat")?;
     let mut files = quiet("bsdtar")
         .args(["-x", "-p", "--xattrs", "--acls", "--numeric-owner"])
+        // What is immutable could not be taken away again.
+        .arg("--no-fflags")
         .args(["--chroot", "-f", "-", "-C"])
         .arg(to)
         .stdin(Stdio::piped())

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{ensure, Context};
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{umask, Mode};
@@ -54,6 +54,8 @@ impl Vm {
     /// machine has.
     fn start() -> anyhow::Result<Vm> {
         let given = Given::to_this_vm()?;
+        let directory = given.directory.display();
+        ensure!(!given.directory.starts_with("/vm"), "{directory}: /vm is the VM's own");
         mount("none", "/", "rprivate", "")?;
         let root = given.directory.join("root");
         let root = root.to_str().context("a path that is not UTF-8")?;
@@ -81,11 +83,12 @@ impl Vm {
         mount("tmpfs", "/run", "tmpfs", "mode=755")?;
 
         fs::create_dir("/vm")?;
-        fs::copy(given.init(), "/vm/init")?;
-        for program in &given.programs {
+        for program in [&given.init()].into_iter().chain(&given.programs) {
             let name = program.file_name().context("a program has a name")?;
-            fs::copy(program, Path::new("/vm").join(name))
-                .with_context(|| format!("copying {}", program.display()))?;
+            let copy = Path::new("/vm").join(name);
+            fs::copy(program, &copy).with_context(|| format!("copying {}", program.display()))?;
+            // They were built with the umask of whoever built them.
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
         }
         fs::write("/init", "")?;
         mount("/vm/init", "/init", "bind", "")?;
