@@ -163,7 +163,7 @@ impl DebianPackage {
     }
 }
 
-/// What packaging/make-sources leaves out, besides cargo's target directories.
+/// What packaging/make-sources leaves out, besides obj-* and cargo's target directories.
 const MADE: [&str; 5] = [".git", "build", "debian", "target", "vendor"];
 /// Comes before the files of tests, in the recipe of a package that was built where all is tested.
 const TESTED: &str = "\nand its tests:\n";
@@ -177,7 +177,9 @@ fn sources() -> anyhow::Result<(String, String)> {
         for entry in fs::read_dir(&directory)? {
             let entry = entry?;
             let (name, metadata) = (entry.file_name(), entry.metadata()?);
-            let is_made = MADE.iter().any(|made| name == *made) && directory == project();
+            let is_made =
+                MADE.iter().any(|made| name == *made) || name.to_string_lossy().starts_with("obj-");
+            let is_made = is_made && directory == project();
             if is_made || entry.path().join("CACHEDIR.TAG").exists() {
                 continue;
             }

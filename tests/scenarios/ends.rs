@@ -12,7 +12,7 @@ pub const ENDS: &[Scenario] = &[Scenario {
     play: |setting| {
         let mut play = Play {
             setting,
-            peer: setting.peer().boot()?,
+            peer: setting.peer().shared_cgroup().boot()?,
             seen: Vec::new(),
             launches: 0,
             failed_launches: 0,

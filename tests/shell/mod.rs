@@ -36,15 +36,16 @@ pub fn scratch(name: &str) -> anyhow::Result<PathBuf> {
     Ok(directory)
 }
 
-/// Whether these are there, each `PROGRAM:PACKAGE`, or `NAME.pc:PACKAGE` for pkg-config. Missing ones are installed from Debian. Where that
-/// is not possible, it is a failure in CI, and elsewhere a reason to skip the test.
+/// Whether these are there, each `PROGRAM:PACKAGE`, or `NAME.pc:PACKAGE` for pkg-config. Missing ones are
+/// installed from Debian. Where that is not possible, it is a failure in CI, and elsewhere a reason to skip
+/// the test.
 pub fn have_programs(needed: &str) -> anyhow::Result<bool> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _lock = ONE_AT_A_TIME.lock();
     let missing = format!(
         "for i in {needed}; do
             case $i in
-                *.pc:*) pkg-config --exists ${{i%.pc:*}} ;;
+                *.pc:*) pkg-config --exists ${{i%.pc:*}} 2>/dev/null ;;
                 *) command -v ${{i%:*}} >/dev/null ;;
             esac || echo ${{i#*:}}
         done"

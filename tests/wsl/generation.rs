@@ -1,6 +1,6 @@
 //! What WSL itself does for the interop of a distro that it boots, which has changed with its
 //! versions. Texts and order of events are those of WSL's own init, but for wsl-mnt-guard.service, which
-//! has nothing to do with interop.
+//! has nothing to do with interop; that of `Oneshot` is as users have quoted it.
 
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};

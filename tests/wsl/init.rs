@@ -1,7 +1,7 @@
 //! The stand-in for WSL's `/init`: prints what it was called with, as proof that the kernel
 //! handed a Windows program to it. Like that, it fails without a word if it gets no more than the
-//! program's path, as from an entry without `P` for a program without arguments. A copy with `\nNAME ` and a word at its end prints that word,
-//! which shows what file an entry with `F` runs.
+//! program's path, as from an entry without `P` for a program without arguments. A copy with
+//! `\nNAME ` and a word at its end prints that word, which shows what file an entry with `F` runs.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
