@@ -163,6 +163,30 @@ pub const OTHERS: &[Test] = &[
         ensure!(seen.contains("Read-only file system") && seen.ends_with("\nthere\n"), "{seen}");
         Ok(())
     }),
+    ("WSL's generator in the VM writes what its version does", |vm| {
+        let networkd = "systemd-networkd-wait-online.service\n";
+        let manager = "NetworkManager-wait-online.service\n";
+        for (generation, version, written) in [
+            (Generation::Dropin, "2.6.3.0", String::new()),
+            (Generation::Dropin, "2.7.1.0", format!("{manager}{networkd}")),
+            (
+                Generation::Lock,
+                "2.9.8.0",
+                format!("{manager}console-getty.service\n{networkd}wsl-mnt-guard.service\n"),
+            ),
+        ] {
+            let environment = format!("container_host_version_id={version}");
+            let mine = vm.distro(version, "trixie").generation(generation);
+            let mine = mine.environment(&["container=wsl", &environment]).boot()?;
+            let seen = mine.run(
+                "cd /run/systemd/generator; find . -maxdepth 1 -lname /dev/null -printf '%f\\n' | sort
+                ls | grep wsl-mnt-guard",
+            );
+            ensure!(seen == written, "{version}: {seen}");
+            mine.poweroff()?;
+        }
+        Ok(())
+    }),
     ("guard: its restart loses no rule", |vm| {
         let mine = distro(vm).boot()?;
         let rule = vm.entry_identity("testfmt")?;

@@ -68,13 +68,10 @@ impl Generation {
 
     /// The generation that has this version.
     pub fn of_version(version: &str) -> anyhow::Result<Generation> {
-        let numbers: Result<Vec<u32>, _> = version.split('.').map(str::parse).collect();
-        let (major, minor, patch) = match numbers.as_deref() {
-            Ok(&[major, minor]) => (major, minor, 0),
-            Ok(&[major, minor, patch] | &[major, minor, patch, _]) => (major, minor, patch),
-            _ => bail!("{version} is no version of WSL; one is 2.6.3"),
+        let Some(numbers) = numbers(version) else {
+            bail!("{version} is no version of WSL; one is 2.6.3");
         };
-        let version_is_before = |other| (major, minor, patch) < other;
+        let version_is_before = |other| numbers < other;
         if version_is_before((0, 67, 6)) {
             bail!("WSL {version} starts no systemd; 0.67.6 is the first that does");
         }
@@ -102,13 +99,15 @@ impl Generation {
         vec![
             "container=wsl".to_owned(),
             "container_host_id=windows".to_owned(),
-            format!("container_host_version_id={}.0", self.a_version()),
+            format!("{VERSION}{}.0", self.a_version()),
         ]
     }
 
-    /// Does in the distro below `root` what WSL does before it starts systemd. Of wsl.conf it
-    /// understands what is plainly there.
-    pub(super) fn prepare(self, root: &str) -> anyhow::Result<()> {
+    /// Does in the distro below `root` what WSL of the version in PID 1's environment does before it
+    /// starts systemd. Of wsl.conf it understands what is plainly there.
+    pub(super) fn prepare(self, root: &str, environment: &str) -> anyhow::Result<()> {
+        let version = environment.lines().find_map(|line| line.strip_prefix(VERSION));
+        let version = version.and_then(numbers).or(numbers(self.a_version())).unwrap_or_default();
         let conf = fs::read_to_string(format!("{root}/etc/wsl.conf")).unwrap_or_default();
         let protect = !says_false(&conf, "boot", "protectBinfmt");
         let interop = !says_false(&conf, "interop", "enabled");
@@ -121,14 +120,16 @@ impl Generation {
                     Generation::DropinLate => "WSLInterop-late",
                     _ => "WSLInterop",
                 };
-                write_generator(root, &(self.unrelated() + &drop_ins(name)))
+                write_generator(root, &(unrelated(version) + &drop_ins(name, version)))
             }
-            Generation::DropinLate | Generation::Dropin => write_generator(root, &self.unrelated()),
+            Generation::DropinLate | Generation::Dropin => {
+                write_generator(root, &unrelated(version))
+            }
             Generation::Lock => {
                 if protect {
                     lock(root)?;
                 }
-                write_generator(root, &self.unrelated())
+                write_generator(root, &unrelated(version))
             }
         }
     }
@@ -151,23 +152,39 @@ impl Generation {
             }
         }
     }
+}
 
-    /// What else the generator writes, by the version that stands for the generation.
-    fn unrelated(self) -> String {
-        let masked = match self {
-            Generation::Dropin | Generation::Lock => {
-                ["systemd-networkd-wait-online", "NetworkManager-wait-online", "console-getty"]
-                    .as_slice()
-            }
-            _ => &[],
-        };
-        let mask = |unit: &&str| format!("ln -s /dev/null \"$1/{unit}.service\"\n");
-        let mut script: String = masked.iter().map(mask).collect();
-        if self == Generation::Lock {
-            script += MNT_GUARD;
-        }
-        script
+/// In PID 1's environment, what comes before the version of WSL.
+const VERSION: &str = "container_host_version_id=";
+
+/// Of a version the three numbers that count, of which the last may be missing.
+type Numbers = (u32, u32, u32);
+
+fn numbers(version: &str) -> Option<Numbers> {
+    let numbers: Result<Vec<u32>, _> = version.split('.').map(str::parse).collect();
+    match numbers.as_deref() {
+        Ok(&[major, minor]) => Some((major, minor, 0)),
+        Ok(&[major, minor, patch] | &[major, minor, patch, _]) => Some((major, minor, patch)),
+        _ => None,
     }
+}
+
+/// What has nothing to do with interop that the generator masks, and since when.
+const MASKED: [(Numbers, &str); 3] = [
+    ((2, 7, 0), "systemd-networkd-wait-online"),
+    ((2, 7, 1), "NetworkManager-wait-online"),
+    ((2, 7, 2), "console-getty"),
+];
+
+/// What else the generator writes.
+fn unrelated(version: Numbers) -> String {
+    let masked = MASKED.iter().filter(|(since, _)| version >= *since);
+    let mut script: String =
+        masked.map(|(_, unit)| format!("ln -s /dev/null \"$1/{unit}.service\"\n")).collect();
+    if version >= (2, 9, 8) {
+        script += MNT_GUARD;
+    }
+    script
 }
 
 /// Whether wsl.conf has this key in this section, and says false.
@@ -248,11 +265,13 @@ fn write_generator(root: &str, script: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn drop_ins(name: &str) -> String {
+fn drop_ins(name: &str, version: Numbers) -> String {
     let rule = rule(name);
+    let units =
+        if version < (2, 5, 8) { "systemd-binfmt" } else { "systemd-binfmt binfmt-support" };
     // No newline at the end.
     format!(
-        "for unit in systemd-binfmt binfmt-support; do\n\
+        "for unit in {units}; do\n\
          mkdir -p \"$1/$unit.service.d\"\n\
          text=$(cat <<'END'\n\
          # Note: This file is generated by WSL to prevent binfmt.d from overriding WSL's binfmt interpreter.\n\

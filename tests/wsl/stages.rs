@@ -79,7 +79,7 @@ pub fn pid1(directory: &str) -> anyhow::Result<()> {
     umount2(".", MntFlags::MNT_DETACH)?;
     std::env::set_current_dir("/")?;
     // Not before: links in the distro's files lead to what is in the distro now.
-    generation.prepare("")?;
+    generation.prepare("", &environment)?;
     if read_only {
         let none: Option<&str> = None;
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
