@@ -6,8 +6,8 @@ use crate::host::INIT;
 
 /// The entry's name, which other tools also look for.
 pub const NAME: &str = "WSLInterop";
-/// The stand-in for it while no other entry passes Windows programs to /init as it should. No other program
-/// registers this name, so no registration can fail because of it.
+/// The stand-in for it while no other entry passes Windows programs to /init as it should. No other
+/// program registers this name, so no registration can fail because of it.
 pub const STAND_IN: &str = "WSLInterop-next";
 /// Prefix of the stand-in for another entry while that is registered again.
 const STAND_IN_OF: &str = "WSLInterop-next-";

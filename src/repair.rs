@@ -13,8 +13,7 @@ use crate::machine;
 use crate::own::Record;
 
 /// Registers the stand-in if Windows programs do not go to /init as they should, and returns what was
-/// done. The
-/// entry itself is left to `settle`, as others may be about to register that name.
+/// done. The entry itself is left to `settle`, as others may be about to register that name.
 ///
 /// # Errors
 /// The table cannot be read; /init is missing; or the kernel refuses something.

@@ -118,14 +118,26 @@ in two lines" etc/$(printf 'b\374cher')
     cd ..
     bsdtar --xattrs --options gzip:compression-level=1 -czf image.tar.gz -C tree .
     rm -r tree
-    # Two at once, of which the last takes away what was unpacked.
+    # A run that was killed has left another one, which nothing but the lock tells from one in use.
+    images="$(realpath ../links/trees)/../images"
+    mkdir -p "$images/killed/etc" "$images/killed.unfinished" "$images/used"
+    touch "$images/killed.lock" "$images/used.lock"
+    # Two at once, of which the last takes away what was unpacked, with the umask of somebody careful.
+    umask 077
+    exec 9<"$images/used.lock"
+    flock --shared 9
     ../links/wsl-vm --wsl 1.2.5 image.tar.gz >beside 2>&1 &
     ../links/wsl-vm --wsl 1.2.5 image.tar.gz 2>said || echo status $?
     wait $! || echo beside it status $?
     cat said
     unpacked=$(sha256sum image.tar.gz | cut -c 1-16)
-    ls -d "$(realpath ../links/trees)/../images/$unpacked" || echo nothing is left
-    rm image.tar.gz"#;
+    ls -d "$images/$unpacked" || echo nothing is left
+    [ ! -e "$images/killed" ]
+    [ ! -e "$images/killed.unfinished" ]
+    ls -d "$images/used" >/dev/null
+    exec 9<&-
+    rm -r image.tar.gz "$images/used" "$images/used.lock" "$images/killed.lock"
+"#;
 
 #[test]
 fn an_image_with_labels_nodes_far_users_and_absolute_links_is_tried() -> anyhow::Result<()> {
